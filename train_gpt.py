@@ -76,7 +76,7 @@ TIE_EMBEDDINGS bool 1 - - The token embedding is the output head too.
 TIED_EMBED_INIT_STD float 0.005 0 10 Standard deviation of a tied embedding's initial values.
 LOGIT_SOFTCAP float 30 0.01 1e6 Logits are cap * tanh(z / cap).
 QK_GAIN_INIT float 1.5 0 100 Initial gain of each normalised query head.
-ROPE_BASE float 10000 1 1e12 RoPE base.
+ROPE_BASE float 10000 1 1e12 Base of the rotary position embedding (RoPE).
 ROPE_DIMS int 16 0 65536 Rotated dimensions of a head; 0: all.
 ROPE_TRAIN_LEN int 1024 1 1e6 A longer TRAIN_SEQ_LEN rescales ROPE_BASE, for training and evaluation alike.
 LN_SCALE bool 1 - - Scale the inputs of block i's attention and MLP by 1/sqrt(i+1).
@@ -752,8 +752,9 @@ class Optimizer:
         """Norm of the reduced gradient, after one update with all rates times scale; loss becomes its mean in place."""
         c, shares, pending = self.c, self.reduce(loss), []
         small = [p.grad for p in self.small]
-        squares = self.run.sum(torch.stack(torch._foreach_norm(shares)).square().sum())
-        norm = (squares + torch.stack(torch._foreach_norm(small)).square().sum()).sqrt()
+        # in fp64, so that the number of ranks does not show in its fp32 value
+        squares = [torch.stack(torch._foreach_norm(g, 2, torch.float64)).square().sum() for g in (shares, small)]
+        norm = (self.run.sum(squares[0]) + squares[1]).sqrt().float()
         if c.grad_clip_norm:
             torch._foreach_mul_(small + shares, (c.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
         for g, buffer in zip(shares, self.momentum):
@@ -1242,8 +1243,9 @@ def quantize_banks(banks):
 
 
 def micro_batches(run, sequences, length):
-    """The fewest equal parts of a rank's sequences whose tokens fit: on a GPU what 8 GPUs take at once in the record."""
-    limit = 98304 if run.cuda else 32768
+    """The fewest equal parts of a rank's sequences that fit a limit: on a GPU what 8 GPUs take at once in the record, on a CPU
+    what its cache likes. Parts of equal shape whatever the world size also keep rounding the same."""
+    limit = 98304 if run.cuda else 4096
     return next(n for n in range(1, sequences + 1) if sequences % n == 0 and (sequences // n * length <= limit or n == sequences))
 
 

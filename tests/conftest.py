@@ -1,0 +1,111 @@
+"""Shared pieces: the script as a module, a tiny data set, tiny runs in this process and as separate processes."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
+
+import train_gpt as t  # noqa: E402
+
+# The official tokenizer, real text and the lineage's own artifacts are not part of the repository.
+PARITY = Path(os.environ.get("PARITY_DATA", ROOT.parent / "shared" / "data"))
+TINY = dict(
+    VOCAB_SIZE="384", NUM_LAYERS="3", MODEL_DIM="32", NUM_HEADS="4", NUM_KV_HEADS="2", VE_LAYERS="1,2", VE_DIM="8", XSA_LAST_N="1",
+    BIGRAM_VOCAB_SIZE="64", BIGRAM_DIM="8", ROPE_DIMS="4", TRAIN_SEQ_LEN="32", EVAL_SEQ_LEN="32", EVAL_STRIDE="8", TRAIN_BATCH_TOKENS="384",
+    VAL_BATCH_SIZE="256", ITERATIONS="12", WARMDOWN_ITERS="12", MAX_WALLCLOCK_SECONDS="0", VAL_LOSS_EVERY="3", TTT_CHUNK_TOKENS="128",
+    TTT_LR="0.05", SLOT_LR="0.01", SLOT_BATCH_SEQS="4", MUON_MOMENTUM_WARMUP_STEPS="4", SWA_EVERY="1", DEVICE="cpu")
+
+
+def write_shard(path, tokens):
+    """A shard file as the format says, independent of data/prepare.py."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """Settings of a tiny data set: two training shards and a validation shard of Python's own documentation strings."""
+    folder = tmp_path_factory.mktemp("tiny")
+    texts = [Path(sys.modules[m].__file__).read_text() for m in ("argparse", "json.decoder", "subprocess", "pathlib")]
+    (folder / "text").write_text("\n".join(texts))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "tiny"), vocab_size=384, model_type="bpe", byte_fallback=True, pad_id=0,
+        bos_id=1, eos_id=2, unk_id=3, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tiny.model"))
+    ids = [[1] + sp.encode(text) for text in texts]
+    write_shard(folder / "fineweb_train_000000.bin", ids[0])
+    write_shard(folder / "fineweb_train_000001.bin", ids[2])
+    write_shard(folder / "fineweb_val_000000.bin", (ids[1] + ids[3])[:1 + 600])
+    return dict(DATA_PATH=str(folder), TOKENIZER_PATH=str(folder / "tiny.model"))
+
+
+@pytest.fixture
+def tiny(tiny_data, tmp_path, monkeypatch):
+    """A function (changes) -> metrics by label of a tiny run in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    count = iter(range(1000))
+
+    def run(**changes):
+        name = changes.pop("RUN_ID", f"run{next(count)}")
+        t.run_all(t.load_config({**TINY, **tiny_data, "RUN_ID": name, **changes}))
+        return read_metrics(tmp_path / "logs" / name)
+    return run
+
+
+def read_metrics(folder):
+    """Lines of metrics.jsonl as a dict; a label that has a training and a validation line is merged."""
+    found = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found.setdefault(row.pop("label"), {}).update(row)
+    return found
+
+
+def timeless(metrics):
+    """Metrics without settings and times, for comparisons of runs."""
+    times = ("train_time", "eval_time", "step_avg", "seconds")
+    return {label: {k: v for k, v in row.items() if k not in times} for label, row in metrics.items() if label != "settings"}
+
+
+def config(tiny_data=None, **changes):
+    """Config of a tiny model."""
+    return t.load_config({**TINY, **(tiny_data or {}), **changes})
+
+
+def process(env, cwd, ranks=0, script=ROOT / "train_gpt.py", timeout=240):
+    """The finished process of the script, plain or under torchrun with so many ranks."""
+    clean = {k: v for k, v in os.environ.items() if k not in {s.name for s in t.SETTINGS}}
+    command = [sys.executable, str(script)] if not ranks else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(script)]
+    return subprocess.run(command, env={**clean, **env}, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def stream(tiny_data):
+    """A function (config, n targets, seed) -> (Run, ValData-like stream of random tokens)."""
+    def make(c, n=256, seed=0, tokens=None):
+        run = t.Run(c)
+        val = t.ValData.__new__(t.ValData)
+        rng = np.random.default_rng(seed)
+        val.n, val.dropped = n, 0
+        val.tokens = t.torch.from_numpy(rng.integers(4, c.vocab_size, n + 1) if tokens is None else tokens)
+        val.bytes, val.total_bytes = np.ones(n, np.uint8), n
+        return run, val
+    return make
+
+
+def random_model(c, seed=0, scale=0.3):
+    """A model with random weights everywhere, so that no output is zero by initialisation."""
+    model, g = t.GPT(c), t.torch.Generator().manual_seed(seed)
+    with t.torch.no_grad():
+        for p in model.parameters():
+            p.add_(t.torch.randn(p.shape, generator=g) * scale * (0.3 if p.ndim > 1 else 1))
+    return model
