@@ -96,7 +96,7 @@ def stream(tiny_data):
         val = t.ValData.__new__(t.ValData)
         rng = np.random.default_rng(seed)
         val.n, val.dropped = n, 0
-        val.tokens = t.torch.from_numpy(rng.integers(4, c.vocab_size, n + 1) if tokens is None else tokens)
+        val.tokens = t.torch.from_numpy(rng.integers(4, c.vocab_size, n + 1)) if tokens is None else tokens
         val.bytes, val.total_bytes = np.ones(n, np.uint8), n
         return run, val
     return make

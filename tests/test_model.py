@@ -1,0 +1,154 @@
+"""The model against a plain reading of its formulas, its parameters, and its causality."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import config, random_model, t
+
+
+def plain_logits(c, p, ids):
+    """Logits [T,V] of one sequence, straight from the formulas of #549/#1084: matrix by matrix, head by head."""
+    def norm(x):
+        return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+
+    def angle(x):  # [T,d] -> rotated in its first dims
+        n = c.rope_dims or x.size(1)
+        base = c.rope_base * max(1, c.train_seq_len / c.rope_train_len) ** (n / (n - 2))
+        out = x.clone()
+        for i in range(n // 2):
+            a = torch.arange(len(x)) * base ** (-2 * i / n)
+            out[:, i] = x[:, i] * a.cos() + x[:, i + n // 2] * a.sin()
+            out[:, i + n // 2] = x[:, i + n // 2] * a.cos() - x[:, i] * a.sin()
+        return out
+
+    T, L, d = len(ids), c.num_layers, c.model_dim // c.num_heads
+    x = p["tok_emb.weight"][ids]
+    if c.bigram_vocab_size:
+        m = c.bigram_vocab_size - 1
+        bucket = [m] + [((36313 * ids[i]) ^ (27191 * ids[i - 1])) % m for i in range(1, T)]
+        x = x + p["bigram.embed.weight"][bucket] @ p["bigram.proj.weight"].T * p["bigram.scale"]
+    x, g = norm(x), torch.sigmoid(p["smear.gate"])
+    x = torch.stack([(1 - g) * x[i] + g * (x[i - 1] if i else 0 * x[0]) for i in range(T)])
+    x0, skips = x, []
+    for i in range(L):
+        w = {k: p[f"blocks.{i}.{k}.weight"] for k in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")}
+        if i >= L // 2 and skips:
+            x = x + p["skip_weights"][i - L // 2] * skips.pop()
+        x = p[f"blocks.{i}.resid_mix"][0] * x + p[f"blocks.{i}.resid_mix"][1] * x0
+        s = 1 / math.sqrt(i + 1) if c.ln_scale else 1
+        h = norm(x) * s
+        v = h @ w["attn.c_v"].T
+        if c.ve_enabled and i in c.ve_layers:
+            extra = p["ve_shared.embed.weight"][ids] @ p["ve_shared.proj.weight"].T * p["ve_shared.scale"]
+            v = v + extra * p[f"ve_layer_scales.{c.ve_layers.index(i)}"]
+        heads = []
+        for j in range(c.num_heads):
+            kv = slice(j // (c.num_heads // c.num_kv_heads) * d, (j // (c.num_heads // c.num_kv_heads) + 1) * d)
+            q = angle(norm((h @ w["attn.c_q"].T)[:, j * d:(j + 1) * d])) * p[f"blocks.{i}.attn.q_gain"][j]
+            k, own = angle(norm((h @ w["attn.c_k"].T)[:, kv])), v[:, kv]
+            a = (q @ k.T / math.sqrt(d)).masked_fill(torch.triu(torch.ones(T, T, dtype=torch.bool), 1), -math.inf)
+            y = a.softmax(-1) @ own
+            if i >= L - c.xsa_last_n:
+                unit = own / own.norm(dim=-1, keepdim=True)
+                y = y - (y * unit).sum(-1, keepdim=True) * unit
+            heads.append(y)
+        x = x + p[f"blocks.{i}.attn_scale"] * (torch.cat(heads, 1) @ w["attn.proj"].T)
+        u = norm(x) * s @ w["mlp.fc"].T
+        x = x + p[f"blocks.{i}.mlp_scale"] * (torch.where(u > 0, u, 0.5 * u) ** 2 @ w["mlp.proj"].T)
+        if i < L // 2:
+            skips.append(x)
+    return norm(x) @ p["tok_emb.weight" if c.tie_embeddings else "lm_head.weight"].T
+
+
+@pytest.mark.parametrize("changes", [{}, dict(NUM_LAYERS="4", XSA_LAST_N="4"), dict(ROPE_DIMS="0"), dict(ROPE_TRAIN_LEN="8"), dict(LN_SCALE="0"),
+                                     dict(BIGRAM_VOCAB_SIZE="0"), dict(VE_ENABLED="0"), dict(TIE_EMBEDDINGS="0"), dict(NUM_KV_HEADS="4"),
+                                     dict(NUM_LAYERS="1", VE_LAYERS="0")])
+def test_model_is_the_formulas(changes):
+    c = config(**changes)
+    model = random_model(c).double()
+    model.dtype = torch.float64
+    model.cos, model.sin = (b.double() for b in (model.cos, model.sin))
+    tables = t.GPT(c, torch.float64)
+    model.cos, model.sin = tables.cos, tables.sin
+    ids = torch.randint(0, c.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = model.project(model.hidden(ids).double())
+        state = t.split_banks(model.state_dict(), c.num_layers)
+        plain = torch.stack([plain_logits(c, state, row.tolist()) for row in ids])
+        torch.testing.assert_close(ours.double(), plain, rtol=1e-5, atol=1e-5)
+        loss = F.cross_entropy(c.logit_softcap * torch.tanh(plain / c.logit_softcap).flatten(0, 1)[:-1], ids.flatten()[1:])
+        assert model(ids, ids).item() > 0 and math.isfinite(loss.item())
+
+
+def test_record_model_has_the_published_number_of_parameters_and_rope_base():
+    model = t.GPT(t.load_config({}))
+    assert sum(p.numel() for p in model.parameters()) == 26_928_220
+    step = torch.atan2(model.sin[1, 0, 1].double(), model.cos[1, 0, 1].double())  # base ** (-2/16) radians a position
+    assert (1 / step.item()) ** 8 == pytest.approx(22082, rel=1e-4)
+
+
+def test_every_parameter_has_one_rule_and_its_initial_value():
+    c = config(TIE_EMBEDDINGS="1")
+    state = t.split_banks(dict(t.GPT(c).named_parameters()), c.num_layers)
+    for name, p in state.items():
+        rule, group, kind = t.parameter_rule(name)
+        if rule == "orthogonal":
+            gram = p @ p.T if p.size(0) <= p.size(1) else p.T @ p
+            torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-5, rtol=0)
+        elif rule == "embedding":
+            assert p.std().item() == pytest.approx(0.005, rel=0.05)
+        elif rule == "normal 0.01":
+            assert p.std().item() == pytest.approx(0.01, rel=0.1)
+        elif rule == "stream":
+            assert (p[0] == 1).all() and (p[1] == 0).all()
+        else:
+            assert (p == float(rule.split()[1] if " " in rule else c.qk_gain_init)).all()
+        assert kind in t.KINDS and group in ("muon", "embed", "head", "scalar")
+    for unknown in ("blocks.0.attn.new_gate", "tok_emb.bias"):
+        with pytest.raises(t.Fault, match="fits 0 rows"):
+            t.parameter_rule(unknown)
+
+
+def test_every_parameter_is_optimised_once_and_gets_a_gradient():
+    for tie in "01":
+        c = config(TIE_EMBEDDINGS=tie)
+        model, run = random_model(c), t.Run(c)
+        optimizer = t.Optimizer(c, run, model)
+        held = [id(p) for p in optimizer.banks + optimizer.small]
+        assert sorted(held) == sorted(id(p) for p in model.parameters())
+        ids = torch.randint(0, c.vocab_size, (4, 33), generator=torch.Generator().manual_seed(1))
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        for name, p in t.split_banks({n: p.grad for n, p in model.named_parameters()}, c.num_layers).items():
+            assert p.abs().max() > 0, name
+    model.smear.gate.grad = None
+    with pytest.raises(t.Fault, match=r"no gradient for parameters of shapes \[\(32,\)\]"):
+        optimizer.reduce(torch.zeros(()))
+
+
+def test_hidden_states_before_a_changed_token_are_bit_identical():
+    c = config()
+    model = random_model(c)
+    ids = torch.randint(0, c.vocab_size, (3, 32), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        before = model.hidden(ids)
+        for at in range(32):
+            changed = ids.clone()
+            changed[1, at] = (changed[1, at] + 7) % c.vocab_size
+            after = model.hidden(changed)
+            assert torch.equal(before[1, :at], after[1, :at]) and torch.equal(before[::2], after[::2])
+            assert not torch.equal(before[1, at], after[1, at])
+
+
+def test_initial_weights_follow_the_seed():
+    a, b, other = (t.GPT(config(SEED=s)).state_dict() for s in "778")
+    assert all(torch.equal(a[n], b[n]) for n in a) and not torch.equal(a["qo_bank"], other["qo_bank"])
+
+
+def test_compute_dtype_is_cast_where_used_and_weights_stay_fp32():
+    c = config()
+    model = t.GPT(c, torch.bfloat16)
+    ids = torch.randint(0, c.vocab_size, (2, 32))
+    assert model.hidden(ids).dtype == torch.bfloat16 and model.project(model.hidden(ids)).dtype == torch.float32
+    model(ids, ids).backward()
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
