@@ -209,7 +209,7 @@ def cross_check(c):
         (c.ttt_freeze_blocks > c.num_layers, f"TTT_FREEZE_BLOCKS={c.ttt_freeze_blocks}: at most NUM_LAYERS={c.num_layers}"),
         (not c.ttt_enabled and "ttt" in evals, f"EVALS={evals}: TTT_ENABLED=0 leaves out ttt and ttt_slot; change either"),
         (not c.slot_enabled and "slot" in evals, f"EVALS={evals}: SLOT_ENABLED=0 leaves out slot and ttt_slot; change either"),
-        (c.run_id and not re.fullmatch(r"\w[\w.-]*", c.run_id), f"RUN_ID={c.run_id}: only letters, digits and . _ -, since "
+        (c.run_id and not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_.-]*", c.run_id), f"RUN_ID={c.run_id}: only letters, digits and . _ -, since "
          "files are named by it"),
     )
     return [f"{text}." for wrong, text in rules if wrong]
@@ -239,7 +239,7 @@ from torch import nn  # noqa: E402
 # Only rank 0 writes. A result is one call of metric(), which puts the same figures on the console, in logs/RUN_ID.txt and,
 # unrounded, in logs/RUN_ID/metrics.jsonl; a label with the same figures twice is an error.
 
-FORMATS = {"train_time": "{:.0f}ms", "eval_time": "{:.0f}ms", "step_avg": "{:.2f}ms", "seconds": "{:.1f}", "causal": "{}"}
+FORMATS = {"train_time": "{:.0f}ms", "eval_time": "{:.0f}ms", "step_avg": "{:.2f}ms", "seconds": "{:.1f}"}
 
 
 class Run:
@@ -275,12 +275,12 @@ class Run:
         except OSError as why:
             raise BadInput(f"RUN_ID={self.name}: cannot write {path}: {why}; run where logs/ can be made.") from None
         settings = {s.name: getattr(c, s.name.lower()) for s in SETTINGS}
-        self.files[0].write(f"{Path(__file__).read_text()}\n{'=' * 100}\n")
+        words = " ".join(f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in settings.items())
+        self.files[0].write(f"{Path(__file__).read_text()}\n{'=' * 100}\nsettings: {words}\n")
         self.files[1].write(json.dumps({"label": "settings", **settings}) + "\n")
         where = torch.cuda.get_device_name() if self.cuda else f"cpu threads:{torch.get_num_threads()}"
         self.log(f"log:{path}\npython:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__} device:{where} "
                  f"dtype:{self.dtype} world_size:{self.world} compile:{int(self.compile)}")
-        self.log("settings: " + " ".join(f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in settings.items()))
 
     def log(self, text):
         """Print and log a line on rank 0."""
@@ -884,16 +884,13 @@ def row_scales(w, levels):
     row, the clip that leaves the least squared error. No floor but fp16's smallest number."""
     last = w.size(-1) - 1
     top = w.abs().topk(min(last + 1, int((1 - PERCENTILES[0]) * last) + 2)).values  # all that these percentiles touch
-    best = least = None
+    scales, errors = [], []
     for p in PERCENTILES:
         at = min((1 - p) * last, top.size(-1) - 1)
-        low, high = int(at), min(int(at) + 1, top.size(-1) - 1)
-        clip = top[..., low:low + 1].lerp(top[..., high:high + 1], at - low)
-        scale = (clip / levels).clamp(2.0**-24, 65504.0).half().float()
-        error = (w - code_levels(w, scale, levels).mul_(scale)).square_().sum(-1, keepdim=True)
-        better = error < least if best is not None else torch.ones_like(error, dtype=torch.bool)
-        best, least = (torch.where(better, scale, best), torch.where(better, error, least)) if best is not None else (scale, error)
-    return best
+        clip = top[..., int(at):int(at) + 1].lerp(top[..., math.ceil(at):math.ceil(at) + 1], at - int(at))
+        scales.append((clip / levels).clamp(2.0**-24, 65504.0).half().float())
+        errors.append((w - code_levels(w, scales[-1], levels).mul_(scales[-1])).square_().sum(-1, keepdim=True))
+    return torch.stack(scales).gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 
 def code_levels(w, scale, levels):
@@ -1042,6 +1039,7 @@ def export(c, run, model):
         blob, floor = quantizer.fit(c.artifact_bytes - code)
         write_file(path, blob)
         run.metric("quantised", **quantizer.counts, step_floor=floor, seconds=time.perf_counter() - began)
+        run.metric("artifact", model_bytes=len(blob), code_bytes=code, total_bytes=len(blob) + code)
         run.log(f"Serialized model: {buffer.tell()} bytes\nCode size: {code} bytes\nSerialized model int6+lzma: {len(blob)} bytes\n"
                 f"Total submission size int6+lzma: {len(blob) + code} bytes")
         blob = path.read_bytes()
@@ -1132,22 +1130,23 @@ class ChunkTrainer:
         """TTT_EPOCHS passes over targets begin to end, each once a pass, in sequences of EVAL_SEQ_LEN. If that does not divide
         the chunk, the last sequence reaches back for context and counts only the targets no other has."""
         T, size = self.c.eval_seq_len, self.c.ttt_batch_seqs
-        wanted = np.arange(begin, end, T)
-        starts = np.minimum(wanted, end - T)
+        starts = np.arange(begin, end, T)
+        reach = max(0, int(starts[-1]) + T - end)
+        starts[-1] -= reach
         rows = tokens[torch.from_numpy(starts[:, None] + np.arange(T + 1)).to(tokens.device)]
         inputs, targets = rows[:, :-1], rows[:, 1:].clone()
-        targets[-1, :int(wanted[-1] - starts[-1])] = -100
+        targets[-1, :reach] = -100
         self.sgd.param_groups[0]["lr"] = rate
         for i in [*range(0, len(rows), size)] * self.c.ttt_epochs:
             mine = slice(i + self.run.rank, i + size, self.run.world)
-            self.step(inputs[mine], targets[mine], min(i + size, len(rows)) * T - i * T - (i + size >= len(rows)) * (wanted[-1] - starts[-1]))
+            self.step(inputs[mine], targets[mine], (targets[i:i + size] >= 0).sum())
 
     def step(self, inputs, targets, count):
         """One SGD step on the mean over count targets, which the ranks hold together; a rank may hold none."""
         grads = [p.grad for p in self.params]
         torch._foreach_zero_(grads)
         if len(inputs):
-            (self.model(inputs, targets, "sum") / int(count)).backward()
+            (self.model(inputs, targets, "sum") / count).backward()
         sum_over_ranks(self.run, grads)
         for p, rows in self.frozen:
             p.grad[rows] = 0
@@ -1357,6 +1356,8 @@ def main():
     try:
         run_all(load_config(os.environ))
     except (BadInput, Fault) as problem:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(3)  # the first rank most likely says the same, and torchrun then ends this one
         print(f"error: {problem}", file=sys.stderr, flush=True)
         os._exit(2 if isinstance(problem, BadInput) else 1)  # at once: a rank must not wait for others in a collective
 

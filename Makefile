@@ -1,0 +1,29 @@
+# make demo: a small run on a CPU, all evaluators.  make test: the tests.  make fineweb: the record's data.
+PYTHON ?= python3
+RUN_ID ?= demo_$(shell date +%Y%m%d_%H%M%S)
+TRAIN_SHARDS ?= 80
+BIN = .venv/bin
+
+.PHONY: demo demo-data fineweb test clean
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo-data: .venv/installed
+	$(BIN)/python data/prepare.py demo
+
+demo: demo-data
+	PRESET=demo RUN_ID=$(RUN_ID) $(BIN)/torchrun --standalone --nproc_per_node=1 train_gpt.py
+	$(BIN)/python tools/summary.py logs/$(RUN_ID)
+
+fineweb: .venv/installed
+	$(BIN)/python data/prepare.py fineweb --train-shards $(TRAIN_SHARDS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf .venv .pytest_cache .hypothesis data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model

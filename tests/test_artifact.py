@@ -1,0 +1,194 @@
+"""The artifact: what quantising does, what a damaged or hostile file does, and evaluation from the file alone."""
+import io
+import json
+import lzma
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import config, random_model, t, timeless
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def quantized(model, c):
+    q = t.Quantizer(c, model.state_dict())
+    return q, t.unpack(q.pack(0.0))[0]
+
+
+@pytest.mark.parametrize("cols", [2, 17, 512, 1536])
+def test_row_scales_are_the_best_of_five_percentiles_of_each_row(cols):
+    w = torch.randn(40, cols, generator=torch.Generator().manual_seed(cols)) * torch.logspace(-4, 2, 40)[:, None]
+    best = torch.full((40,), torch.inf)
+    for p in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
+        scale = (torch.quantile(w.abs(), p, dim=1) / 31).clamp_min(2.0**-24).half().float()
+        error = (w - (w / scale[:, None]).round().clamp(-31, 31) * scale[:, None]).square().sum(1)
+        best = torch.minimum(best, error)
+    scale = t.row_scales(w, 31)
+    ours = (w - t.code_levels(w, scale, 31) * scale).square().sum(1)
+    torch.testing.assert_close(ours, best, rtol=1e-3, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(1e-5, 100), st.integers(0, 1000))
+def test_quantising_has_no_floor_that_hurts_small_weights(size, seed):
+    w = torch.randn(8, 256, generator=torch.Generator().manual_seed(seed)) * size
+    scale = t.row_scales(w, 31)
+    assert ((t.code_levels(w, scale, 31) * scale - w).norm() / w.norm()).item() < 0.035
+
+
+def test_zero_rows_and_single_columns_survive():
+    w = torch.zeros(3, 8)
+    w[1, 2] = 5.0
+    for x in (w, w[:, 2:3]):
+        scale = t.row_scales(x, 31)
+        torch.testing.assert_close(t.code_levels(x, scale, 31) * scale, x, rtol=2e-3, atol=0)
+
+
+def test_what_is_read_back_is_level_times_scale_by_kind():
+    c = config()
+    model = random_model(c)
+    q, state = quantized(model, c)
+    assert q.counts["int6"] == sum(getattr(model, b).numel() for b in t.BANKS) and sum(q.counts.values()) == sum(p.numel() for p in model.parameters())
+    for name, w in t.split_banks(model.state_dict(), c.num_layers).items():
+        kind = t.parameter_rule(name)[2]
+        if kind in t.LEVELS:
+            scale = t.row_scales(w, t.LEVELS[kind])
+            assert torch.equal(state[name], t.code_levels(w, scale, t.LEVELS[kind]) * scale), name
+        else:
+            assert torch.equal(state[name], w.half().float() if kind == "fp16" else w), name
+
+
+def test_artifact_is_readable_by_its_description_alone():
+    """As the comment over the format says, with nothing of the script."""
+    c = config()
+    data = t.Quantizer(c, random_model(c).state_dict()).pack(0.0)
+    raw = lzma.decompress(data[48:])
+    size = int.from_bytes(raw[:4], "little")
+    header = json.loads(raw[4:4 + size])
+    assert int.from_bytes(data[8:16], "little") == len(raw) and header["model"]["NUM_LAYERS"] == 3
+    name, kind, shape = header["tensors"][0]
+    assert kind == "int6" and np.frombuffer(raw, "i1", shape[0] * shape[1], 4 + size).reshape(shape).max() <= 31
+
+
+@pytest.mark.parametrize("cap", [30_000, 25_000])
+def test_artifact_lands_just_under_the_cap(cap):
+    c = config()
+    q = t.Quantizer(c, random_model(c, scale=1.0).state_dict())
+    assert len(q.pack(0.0)) > cap
+    blob, floor = q.fit(cap)
+    assert 0.99 * cap < len(blob) <= cap and floor > 0
+    assert q.fit(10**6) == (q.pack(0.0), 0.0)
+
+
+def test_artifact_that_cannot_fit_is_a_fault_that_keeps_the_weights(tiny):
+    with pytest.raises(t.Fault, match="ARTIFACT_BYTES=81000: code leaves"):
+        tiny(ARTIFACT_BYTES="81000", EVALS="none")
+    assert torch.load("logs/run0/final_model.pt", weights_only=True)["qo_bank"].shape == (6, 32, 32)
+    assert not os.path.exists("logs/run0/final_model.int6.ptz")
+
+
+@pytest.mark.slow
+def test_record_model_fits_under_the_cap_with_its_code():
+    c = t.load_config({})
+    model, g = t.GPT(c), torch.Generator().manual_seed(0)
+    with torch.no_grad():  # no zeros and no repeats: as hard to compress as a trained model
+        for bank in t.BANKS:
+            p = getattr(model, bank)
+            p.copy_(torch.randn(p.shape, generator=g) * 0.04)
+    code = Path(t.__file__).stat().st_size
+    q = t.Quantizer(c, model.state_dict())
+    blob, floor = q.fit(16_000_000 - code)
+    assert 0.998 * 16_000_000 < len(blob) + code < 16_000_000 and floor > 0
+    state, shape = t.unpack(blob)
+    other = t.GPT(config(**{n: ",".join(map(str, v)) if isinstance(v, list) else str(int(v) if isinstance(v, bool) else v)
+                            for n, v in shape.items()}, EVAL_SEQ_LEN="2048", TRAIN_BATCH_TOKENS="2048", VAL_BATCH_SIZE="2048",
+                            TTT_CHUNK_TOKENS="2048"))
+    t.load_state(other, state, "test")
+
+
+def test_code_is_within_its_limits():
+    text = Path(t.__file__).read_text()
+    assert text.count("\n") <= 1500 and len(text.encode()) <= 80_000
+
+
+@pytest.fixture
+def artifact(tiny, tmp_path):
+    metrics = tiny(RUN_ID="made", EVALS="roundtrip,sliding_window,ttt,ttt_slot")
+    return tmp_path / "logs" / "made" / "final_model.int6.ptz", metrics
+
+
+def test_evaluation_from_the_artifact_alone_repeats_the_run_bit_for_bit(artifact, tiny):
+    path, made = artifact
+    again = tiny(LOAD_ARTIFACT=str(path), EVALS="roundtrip,sliding_window,ttt,ttt_slot")
+    assert {n: r for n, r in timeless(again).items() if n.startswith("final_int6")} == {n: r for n, r in timeless(made).items() if n.startswith("final_int6")}
+    assert not [n for n in again if n.startswith(("step:", "average", "training", "quantised"))]
+
+
+def test_artifact_knows_its_shape_and_contradiction_is_named(artifact, tiny_data):
+    path, _ = artifact
+    base = dict(LOAD_ARTIFACT=str(path), **tiny_data, EVAL_SEQ_LEN="32", EVAL_STRIDE="8", VAL_BATCH_SIZE="32")
+    c, state = t.read_artifact(t.load_config(base))
+    assert (c.num_layers, c.model_dim, c.ve_layers, c.vocab_size) == (3, 32, (1, 2), 384)
+    with pytest.raises(t.BadInput, match=r"NUM_LAYERS=5 \(there 3\)"):
+        t.read_artifact(t.load_config({**base, "NUM_LAYERS": "5", "VE_LAYERS": "1,2", "XSA_LAST_N": "1"}))
+
+
+def refused(path, data):
+    path.write_bytes(data)
+    with pytest.raises(t.BadInput, match="LOAD_ARTIFACT=.*(damaged|not fit)"):
+        c, state = t.read_artifact(config(LOAD_ARTIFACT=str(path)))
+        t.load_state(t.GPT(c), state, f"LOAD_ARTIFACT={path}")
+
+
+def test_damaged_artifacts_are_refused(artifact, tmp_path):
+    whole, path, rng = artifact[0].read_bytes(), tmp_path / "damaged", np.random.default_rng(0)
+    for cut in (0, 1, 8, 47, 48, 60, len(whole) // 2, len(whole) - 1):
+        refused(path, whole[:cut])
+    refused(path, whole + b"\0")
+    for bit in [*range(0, 48 * 8, 7), *rng.integers(48 * 8, len(whole) * 8, 60).tolist()]:
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        refused(path, bytes(flipped))
+
+
+def test_artifact_with_other_tensors_is_refused_by_name():
+    c = config()
+    state = t.split_banks(random_model(c).state_dict(), c.num_layers)
+    for change, word in ((dict(extra=torch.zeros(1)), "extra is"), ({"smear.gate": torch.zeros(5)}, r"smear.gate is \[5\], the settings make it \[32\]")):
+        with pytest.raises(t.BadInput, match=word):
+            t.load_state(t.GPT(c), {**state, **change}, "here")
+    with pytest.raises(t.BadInput, match="smear.gate is missing"):
+        t.load_state(t.GPT(c), {n: w for n, w in state.items() if n != "smear.gate"}, "here")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_nothing_pickled_is_ever_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    buffer = io.BytesIO()
+    torch.save({"w": {"a": Bomb()}, "m": {"a": "passthrough"}}, buffer)
+    for raw in (buffer.getvalue(), pickle.dumps(Bomb(), 2)):
+        refused(tmp_path / "bomb.ptz", lzma.compress(raw))
+    assert not (tmp_path / "executed").exists()
+    refused(tmp_path / "zeros.ptz", lzma.compress(bytes(1000)) + b"more")
+
+
+def test_missing_artifact_is_named():
+    with pytest.raises(t.BadInput, match="LOAD_ARTIFACT=/nowhere.ptz: No such file"):
+        t.read_artifact(config(LOAD_ARTIFACT="/nowhere.ptz"))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    t.write_file(path, b"old")
+    monkeypatch.setattr(t.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        t.write_file(path, b"new")
+    assert path.read_bytes() == b"old"
