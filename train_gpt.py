@@ -126,10 +126,10 @@ CTW_WEIGHT float 0 0 0 Context tree weighting; not in this version, so only 0.
 """.splitlines()]
 PRESETS = {"pr1084": {}, "demo": dict(word.split("=") for word in """\
 DATA_PATH=./data/datasets/demo_sp1024 TOKENIZER_PATH=./data/tokenizers/demo_1024_bpe.model EVALS=roundtrip,sliding_window,ttt,ttt_slot
-NUM_LAYERS=4 MODEL_DIM=192 NUM_HEADS=6 NUM_KV_HEADS=3 VE_LAYERS=2,3 VE_DIM=64 XSA_LAST_N=2 BIGRAM_VOCAB_SIZE=4096 BIGRAM_DIM=64
-TRAIN_SEQ_LEN=256 EVAL_SEQ_LEN=256 TRAIN_BATCH_TOKENS=8192 VAL_BATCH_SIZE=8192 ITERATIONS=300 WARMDOWN_ITERS=120
-MAX_WALLCLOCK_SECONDS=150 VAL_LOSS_EVERY=100 TRAIN_LOG_EVERY=10 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_STEPS=100 MATRIX_LR=0.04
-SWA_EVERY=5 TTT_CHUNK_TOKENS=8192 TTT_LR=0.02""".split())}
+NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 VE_LAYERS=2,3 VE_DIM=32 XSA_LAST_N=2 BIGRAM_VOCAB_SIZE=4096 BIGRAM_DIM=32
+TRAIN_SEQ_LEN=256 EVAL_SEQ_LEN=256 TRAIN_BATCH_TOKENS=4096 VAL_BATCH_SIZE=8192 ITERATIONS=400 WARMDOWN_ITERS=160
+MAX_WALLCLOCK_SECONDS=150 VAL_LOSS_EVERY=200 TRAIN_LOG_EVERY=10 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_STEPS=100 MATRIX_LR=0.04
+SWA_EVERY=5 TTT_CHUNK_TOKENS=8192 TTT_LR=0.006""".split())}
 # What fixes the shape and arithmetic of the model; an artifact carries it.
 MODEL_SETTINGS = ("VOCAB_SIZE NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT TIE_EMBEDDINGS LOGIT_SOFTCAP ROPE_BASE ROPE_DIMS "
                   "ROPE_TRAIN_LEN TRAIN_SEQ_LEN LN_SCALE XSA_LAST_N BIGRAM_VOCAB_SIZE BIGRAM_DIM VE_ENABLED VE_DIM VE_LAYERS").split()
@@ -366,14 +366,14 @@ class TrainData:
 
     An epoch visits the shards in a new order and the sequences of a shard, cut at a new place, in a new order. Sequence i
     of the run is a function of (SEED, i), so a position in the data is one integer. Up to 1 % of the tokens, the last of
-    the last shard, is held out to compare averages. Raises BadInput if there is too little text.
+    the longest shard, is held out to compare averages. Raises BadInput if there is too little text.
     """
 
     def __init__(self, c, run):
         self.c, self.run, self.T, self.shards = c, run, c.train_seq_len, open_split(c, "train")
-        total, last, self.pool = sum(map(len, self.shards)), self.shards[-1], ThreadPoolExecutor(1)
+        total, long, self.pool = sum(map(len, self.shards)), int(np.argmax([len(s) for s in self.shards])), ThreadPoolExecutor(1)
         keep = max(1, min(total // 100, 262144) // self.T) * self.T + 1
-        self.held_out, self.shards[-1] = np.array(last[-keep:]), last[:-keep]
+        self.held_out, self.shards[long] = np.array(self.shards[long][-keep:]), self.shards[long][:-keep]
         self.counts = [max(0, (len(s) - 1) // self.T - 1) for s in self.shards]  # one less: room for the cut to move
         if not sum(self.counts) or len(self.held_out) < keep:
             raise BadInput(f"DATA_PATH={c.data_path}: {total} training tokens in all, too few for TRAIN_SEQ_LEN={self.T}; give at least "
@@ -844,11 +844,11 @@ def ttt_lr(c, chunk, chunks):
 
 class Clock:
     """Training time. All ranks must see the same, since rates and the end of the run hang on it: rank 0's is sent round
-    every eighth step (every step while they are few or slow) and extrapolated in between."""
+    every eighth step, every step while they are few or slow or cap_ms (0: none) is near, and extrapolated in between."""
 
-    def __init__(self, run):
+    def __init__(self, run, cap_ms):
         run.synchronize()
-        self.run, self.began, self.base, self.step_ms = run, time.perf_counter(), (0, 0.0), 0.0
+        self.run, self.cap_ms, self.began, self.base, self.step_ms = run, cap_ms, time.perf_counter(), (0, 0.0), 0.0
 
     def now(self):
         """This rank's training time in ms."""
@@ -857,13 +857,15 @@ class Clock:
 
     def agreed(self, step):
         """(training time in ms before this step, whether it was just read), the same on all ranks."""
-        fresh = step < 10 or step % 8 == 0 or self.step_ms > 500
+        guess = self.base[1] + (step - self.base[0]) * self.step_ms
+        fresh = step < 10 or step % 8 == 0 or self.step_ms > 500 or 0 < self.cap_ms < guess + 50 * self.step_ms
         if fresh:
             ms = torch.tensor(self.now(), dtype=torch.float64, device=self.run.device)
             if self.run.world > 1:
                 dist.broadcast(ms, 0)
-            self.base, self.step_ms = (step, ms.item()), ms.item() / max(step, 1)
-        return self.base[1] + (step - self.base[0]) * self.step_ms, fresh
+            guess = ms.item()
+            self.base, self.step_ms = (step, guess), guess / max(step, 1)
+        return guess, fresh
 
 
 # ------------------------------------------------------------------------------------------------------------- artifact
@@ -1279,12 +1281,12 @@ def train(c, run, model, data, val):
     if run.compile and c.warmup_steps:
         prime(c, run, model, data)
     optimizer, averages, feed = Optimizer(c, run, model), Averages(c, model.parameters()), data.batches()
-    first_bad, cap, qat = torch.full((), c.iterations + 1, device=run.device), 1000 * c.max_wallclock_seconds, False
-    clock = Clock(run)
+    first_bad, qat = torch.full((), c.iterations + 1, device=run.device), False
+    clock = Clock(run, 1000 * c.max_wallclock_seconds)
+    reserve = 2 + 1.5 * len(data.held_out) / c.train_batch_tokens  # steps' time to compare averages, which is training too
     for step in range(c.iterations + 1):
         elapsed, fresh = clock.agreed(step)
-        # two steps' time is kept for comparing the averages, which is part of training
-        last = step == c.iterations or 0 < cap <= elapsed + 2 * clock.step_ms and step > 0
+        last = step == c.iterations or 0 < clock.cap_ms <= elapsed + reserve * clock.step_ms and step > 0
         if (fresh or last) and first_bad.item() <= step:
             raise Fault(f"step {first_bad.item()}: loss or gradient is not finite; lower MATRIX_LR, TIED_EMBED_LR and SCALAR_LR.")
         if last or c.val_loss_every and step % c.val_loss_every == 0:

@@ -404,7 +404,8 @@ def read_manifest(path):
     try:
         manifest = json.loads(path.read_bytes())
         entry = next(d for d in manifest["datasets"] if d["name"] == DATASET)
-        model = next(t for t in manifest["tokenizers"] if t["name"] == entry["tokenizer_name"])["model_path"]
+        models = {t.get("name"): t.get("model_path") for t in manifest.get("tokenizers", [])}
+        model = entry.get("model_path") or models.get(entry.get("tokenizer_name")) or TOKENIZER
         counts = int(entry["stats"]["files_train"]), int(entry["stats"]["files_val"])
     except (ValueError, KeyError, TypeError, StopIteration) as why:
         raise BadInput(f"manifest.json: no complete entry for {DATASET} ({type(why).__name__} {why}); has it changed?") from None
