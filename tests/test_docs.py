@@ -1,0 +1,88 @@
+"""What README.md and submission.json say is what the committed logs say."""
+import json
+import re
+import subprocess
+
+import pytest
+import summary
+from conftest import ROOT, t
+
+README = (ROOT / "README.md").read_text()
+SEEDS = [ROOT / "logs" / f"demo_seed{seed}" for seed in (1337, 42, 2025)]
+
+
+def result_lines(log):
+    """The lines of a log after the source and settings that open it."""
+    return log.read_text().rsplit("=" * 100, 1)[1]
+
+
+def test_result_table_is_what_the_logs_give():
+    runs = [summary.read_run(folder) for folder in SEEDS]
+    block = re.search("<!-- demo_seed1337 demo_seed42 demo_seed2025 -->\n(.*?)<!-- end -->", README, re.S)[1]
+    assert block == "\n".join([*summary.table(runs), "", *(line for run in runs for line in summary.facts(run)), ""])
+
+
+def test_submission_is_what_the_logs_give():
+    runs = [summary.read_run(folder) for folder in SEEDS]
+    found = json.loads((ROOT / "submission.json").read_text())
+    assert found == json.loads(json.dumps(summary.submission(runs, SEEDS)))
+    assert found["causal"] and found["compliance"]["three_seeds"] and "cpu" in found["hardware"]
+
+
+def test_different_configurations_are_no_submission():
+    runs = [summary.read_run(folder) for folder in SEEDS]
+    runs[1]["settings"]["NUM_LAYERS"] = 5
+    with pytest.raises(SystemExit, match="not one configuration: NUM_LAYERS differ"):
+        summary.submission(runs, SEEDS)
+
+
+def test_metrics_and_text_logs_agree():
+    for folder in SEEDS:
+        text = result_lines(folder.with_suffix(".txt"))
+        for label, row in summary.read_run(folder).items():
+            if label.startswith("final_"):
+                assert f"{label} val_loss:{row['val_loss']:.8f} val_bpb:{row['val_bpb']:.8f} tokens:{row['tokens']} bytes:{row['bytes']}" in text
+
+
+def test_equality_table_is_what_the_logs_say():
+    rows = re.findall(r"^\|[^|\n]*\| ([^|]+) \| (\d\.\d{8}) \| (\d\.\d{8}) \| `(\w+)` \|$", README, re.M)
+    assert len(rows) == 10
+    names = {"roundtrip": "roundtrip", "sliding": "sliding_window", "score-first": "ttt", "TTT": "ttt_slot"}
+    for what, theirs, ours, log in rows:
+        label = names[re.split("[ ,]", what)[0]]
+        assert f"final_int6_{label} val_loss:{ours} " in result_lines(ROOT / "logs" / f"{log}.txt")
+        assert abs(float(theirs) - float(ours)) < 2e-5
+
+
+def test_every_other_score_in_the_readme_is_in_a_log_or_marked_as_published_elsewhere():
+    own = README.split("**Published elsewhere**")[0] + README.split("## Run it")[1]
+    own = re.sub(r"^\|.*$", "", re.sub("<!--.*?<!-- end -->", "", own, flags=re.S), flags=re.M)
+    logs = "".join(result_lines(log) for log in (ROOT / "logs").glob("*.txt") if log.name.startswith(("demo_seed", "lineage_")))
+    numbers = re.findall(r"\d\.\d{4}", own)
+    assert numbers == ["4.1296", "5.3599", "3.9893", "3.9915"]  # the first two are the lineage's, and said to be
+    assert all(n in logs for n in numbers[2:])
+
+
+def test_commands_and_settings_in_the_readme_exist():
+    names = {s.name for s in t.SETTINGS}
+    for name in re.findall(r"\b([A-Z][A-Z0-9_]{3,})=", README):
+        assert name in names | {"PYTHON", "TRAIN_SHARDS"}, name
+    make = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake ([a-z-]+)", README):
+        assert f"\n{target}:" in make
+    for path in re.findall(r"`([\w/.]+\.(?:py|json))`", README):
+        assert (ROOT / path).exists() or path.startswith(("metrics", "logs"))
+
+
+def test_summary_of_an_unfinished_or_missing_run_is_one_message(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        (tmp_path / "metrics.jsonl").write_text('{"label": "settings"}\n')
+        with pytest.raises(SystemExit, match="error: .*metrics.jsonl: "):
+            summary.read_run(folder)
+
+
+def test_nothing_large_or_private_is_committed():
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")[:-1]
+    if not files:
+        pytest.skip("not a git checkout")
+    assert not [f for f in files if (ROOT / f).exists() and (ROOT / f).stat().st_size > 1_000_000 or f.endswith((".bin", ".ptz", ".pt", ".model"))]
