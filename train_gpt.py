@@ -1192,7 +1192,7 @@ def score(c, run, model, val, labels):
         for b in range(begin + run.rank * size, end, run.world * size):
             batch = slice(b, min(b + size, end))
             spent += score_batch(c, run, model, val, starts[batch], firsts[batch], size, slots, out)
-            if time.perf_counter() - shown > 3:
+            if time.perf_counter() - shown > 2:
                 shown = time.perf_counter()
                 run.log(f"progress:{'+'.join(labels)} window:{batch.stop}/{len(starts)} chunk:{i + 1}/{chunks} seconds:{shown - began:.1f}")
         if ttt and i + 1 < chunks:  # the last chunk is scored only
