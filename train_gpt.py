@@ -52,13 +52,12 @@ SEED int 1337 0 2147483647 Seed of the initial weights and of the data order.
 DEVICE auto|cpu|cuda auto - - auto takes a GPU if there is one. fp32 on a CPU, bf16 on a GPU.
 COMPILE auto|0|1 auto - - torch.compile the trunk; auto: on a GPU only.
 ATTENTION auto|fa3|fa4|sdpa auto - - FlashAttention-3, -4 or torch's SDPA; auto takes the first that is installed.
-LOAD_ARTIFACT str - - - Do not train, evaluate this artifact: ours or a final_model.int6.ptz of the lineage.
+LOAD_ARTIFACT str - - - Do not train, evaluate this artifact: ours or the lineage's final_model.int6.ptz.
 EVALS evals auto - - Comma list of evaluators; auto: roundtrip, sliding_window and what TTT_ENABLED, SLOT_ENABLED ask for; or none.
 SAVE_NLL bool 0 - - Write logs/RUN_ID/nll_<evaluator>.npy: float64 nats of every target in stream order.
 DATA_PATH str ./data/datasets/fineweb10B_sp1024 - - Folder of fineweb_train_*.bin and fineweb_val_*.bin.
 TOKENIZER_PATH str ./data/tokenizers/fineweb_1024_bpe.model - - SentencePiece model of these shards.
 TRAIN_BATCH_TOKENS int 786432 1 2e9 Tokens of a training step over all ranks.
-TRAIN_SEQ_LEN int 2048 2 1e6 Tokens of a training sequence.
 VAL_BATCH_SIZE int 524288 1 2e9 Tokens of an evaluation forward over all ranks.
 VAL_LOSS_EVERY int 4000 0 1e9 Steps between validations in training; 0: only at the end.
 TRAIN_LOG_EVERY int 500 1 1e9 Steps between training lines; the first ten are always logged.
@@ -66,6 +65,7 @@ ITERATIONS int 9000 1 1e9 Training steps, unless MAX_WALLCLOCK_SECONDS ends firs
 MAX_WALLCLOCK_SECONDS float 600 0 1e9 Cap on training time; 0: none.
 WARMUP_STEPS int 20 0 1e6 Steps that prime torch.compile and leave no trace; without COMPILE there is nothing to prime.
 WARMDOWN_ITERS int 3500 0 1e9 Steps, or their measured time, over which the rate falls to 0 at the end.
+TRAIN_SEQ_LEN int 2048 2 1e6 Tokens of a training sequence.
 VOCAB_SIZE int 1024 2 65536 Size of the vocabulary; must be the tokenizer's.
 NUM_LAYERS int 11 1 1000 Transformer blocks.
 MODEL_DIM int 512 2 65536 Width of the residual stream.
@@ -73,9 +73,7 @@ NUM_HEADS int 8 1 1024 Query heads.
 NUM_KV_HEADS int 4 1 1024 Key/value heads (grouped-query attention); must divide NUM_HEADS.
 MLP_MULT float 3 0.01 64 MLP width over MODEL_DIM.
 TIE_EMBEDDINGS bool 1 - - The token embedding is the output head too.
-TIED_EMBED_INIT_STD float 0.005 0 10 Standard deviation of a tied embedding's initial values.
 LOGIT_SOFTCAP float 30 0.01 1e6 Logits are cap * tanh(z / cap).
-QK_GAIN_INIT float 1.5 0 100 Initial gain of each normalised query head.
 ROPE_BASE float 10000 1 1e12 Base of the rotary position embedding (RoPE).
 ROPE_DIMS int 16 0 65536 Rotated dimensions of a head; 0: all.
 ROPE_TRAIN_LEN int 1024 1 1e6 A longer TRAIN_SEQ_LEN rescales ROPE_BASE, for training and evaluation alike.
@@ -86,6 +84,8 @@ BIGRAM_DIM int 128 1 65536 Width of its table.
 VE_ENABLED bool 1 - - Value embedding (VE): a table of the token added to the values of VE_LAYERS.
 VE_DIM int 128 1 65536 Width of that table.
 VE_LAYERS ints 9,10 0 999 Layers, from 0, that get it.
+TIED_EMBED_INIT_STD float 0.005 0 10 Standard deviation of a tied embedding's initial values.
+QK_GAIN_INIT float 1.5 0 100 Initial gain of each normalised query head.
 MATRIX_LR float 0.025 0 100 Muon's rate, for attention and MLP matrices.
 TIED_EMBED_LR float 0.035 0 100 AdamW's rate for embeddings if the head is tied.
 EMBED_LR float 0.6 0 100 AdamW's rate for embeddings if it is not.
@@ -130,13 +130,12 @@ NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 VE_LAYERS=2,3 VE_DIM=32 XS
 TRAIN_SEQ_LEN=256 EVAL_SEQ_LEN=256 TRAIN_BATCH_TOKENS=4096 VAL_BATCH_SIZE=8192 ITERATIONS=400 WARMDOWN_ITERS=160
 MAX_WALLCLOCK_SECONDS=150 VAL_LOSS_EVERY=200 TRAIN_LOG_EVERY=5 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_STEPS=100 MATRIX_LR=0.04
 SWA_EVERY=5 TTT_CHUNK_TOKENS=8192 TTT_LR=0.006""".split())}
-# What fixes the shape and arithmetic of the model; an artifact carries it.
-MODEL_SETTINGS = ("VOCAB_SIZE NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT TIE_EMBEDDINGS LOGIT_SOFTCAP ROPE_BASE ROPE_DIMS "
-                  "ROPE_TRAIN_LEN TRAIN_SEQ_LEN LN_SCALE XSA_LAST_N BIGRAM_VOCAB_SIZE BIGRAM_DIM VE_ENABLED VE_DIM VE_LAYERS").split()
+NAMES = [s.name for s in SETTINGS]
+MODEL_SETTINGS = NAMES[NAMES.index("TRAIN_SEQ_LEN"):NAMES.index("VE_LAYERS") + 1]  # shape and arithmetic: an artifact carries them
 # An unknown variable that begins like this is a misspelt setting, or one of the lineage's that this version does not have.
 FAMILIES = re.compile("(TTT|SLOT|CTW|MUON|ADAM|EMA|SWA|VE|XSA|BIGRAM|ROPE|QAT|LATE_QAT|TIED|WARMDOWN|RECUR|VRL|VALUE_RESIDUAL|"
                       "GATED_ATTENTION|PREQUANT|MTP|DTG|LAWA)(_|$)")
-Config = dataclasses.make_dataclass("Config", [s.name.lower() for s in SETTINGS] + ["explicit"], frozen=True)
+Config = dataclasses.make_dataclass("Config", [*map(str.lower, NAMES), "explicit"], frozen=True)
 
 
 def parse_setting(s, text):
@@ -165,9 +164,9 @@ def parse_setting(s, text):
 
 def load_config(env):
     """Config from a mapping of environment variables. Raises BadInput with every problem at once, a line each."""
-    names, values, problems = [s.name for s in SETTINGS], {}, []
-    for name in sorted(set(env) - set(names)):
-        near = difflib.get_close_matches(name, names, 1, 0 if FAMILIES.match(name) else 0.85)
+    values, problems = {}, []
+    for name in sorted(set(env) - set(NAMES)):
+        near = difflib.get_close_matches(name, NAMES, 1, 0 if FAMILIES.match(name) else 0.85)
         if near:
             problems.append(f"{name}={env[name]}: there is no such setting. Nearest name: {near[0]}. Correct it or unset it.")
     preset = PRESETS.get(env.get("PRESET"), {})
@@ -274,7 +273,7 @@ class Run:
             self.files = [open(path, "x", buffering=1), open(self.folder / "metrics.jsonl", "x", buffering=1)]
         except OSError as why:
             raise BadInput(f"RUN_ID={self.name}: cannot write {path}: {why}; run where logs/ can be made.") from None
-        settings = {s.name: getattr(c, s.name.lower()) for s in SETTINGS}
+        settings = {name: getattr(c, name.lower()) for name in NAMES}
         words = " ".join(f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in settings.items())
         self.files[0].write(f"{Path(__file__).read_text()}\n{'=' * 100}\nsettings: {words}\n")
         self.files[1].write(json.dumps({"label": "settings", **settings}) + "\n")
@@ -410,7 +409,7 @@ class TrainData:
 
 
 # ---------------------------------------------------------------------------------------------------------- byte counts
-# bits per byte = nats / ln 2 / bytes. This is the only place where bytes are counted.
+# The only place where bytes are counted.
 
 
 class ByteCounts:
@@ -467,8 +466,7 @@ class ValData:
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
-# One trunk, hidden(), for every use. Parameters are fp32 and cast to the compute dtype where they are used, so that no
-# optimiser, test-time training included, ever works on bf16 weights.
+# One trunk, hidden(), for every use. Parameters are fp32 and cast where they are used: no optimiser works on bf16 weights.
 
 # A bank holds one kind of matrix of all layers, so that Muon orthogonalises them in one batch and a reduce-scatter over the
 # first axis shares the work out: bank -> the matrices of a layer in it; first one of them for all layers, then the next.
@@ -778,8 +776,7 @@ class Optimizer:
 
 # ------------------------------------------------------------------------------------------------------------- averages
 # An average that is collected is a candidate for the export, next to the last weights; the lowest loss on held-out training
-# text decides. So none is collected in vain, and none is exported that is worse: an EMA of fixed decay that starts at the
-# initial weights costs 0.7 bits a byte after 160 steps.
+# text decides. So none is collected in vain, and none is exported that is worse.
 
 
 class Averages:
@@ -843,8 +840,8 @@ def ttt_lr(c, chunk, chunks):
 
 
 class Clock:
-    """Training time. All ranks must see the same, since rates and the end of the run hang on it: rank 0's is sent round
-    every eighth step, every step while they are few or slow or cap_ms (0: none) is near, and extrapolated in between."""
+    """Training time, the same on all ranks, since rates and the end hang on it: rank 0's is sent round every eighth step
+    (every step while they are few or slow or cap_ms, 0 for none, is near) and extrapolated in between."""
 
     def __init__(self, run, cap_ms):
         run.synchronize()
@@ -876,8 +873,7 @@ class Clock:
 MAGIC, RAW_LIMIT = b"PGSLOT\x01\n", 2**31
 KINDS, LEVELS = ("int6", "int8", "fp16", "fp32"), {"int6": 31, "int8": 127}
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-# Weights hold no repeats worth a search and no alignment: one literal context and a short search code them as small as
-# preset 6 does, in half the time.
+# Weights hold no repeats and no alignment: one literal context and a short search are as good as preset 6, in half the time.
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=0, pb=0, mf=lzma.MF_HC4, depth=1, nice_len=32)]
 
 
@@ -909,23 +905,41 @@ class Quantizer:
         self.scales = {n: row_scales(self.state[n], LEVELS[k]) for n, k in self.kinds.items() if k in LEVELS}
         self.counts = {k: sum(t.numel() for n, t in self.state.items() if self.kinds[n] == k) for k in KINDS}
 
+    def scale(self, name, step_floor):
+        """Row scales, fp16, of a matrix; the floor binds int6 only."""
+        return self.scales[name].clamp_min(step_floor if self.kinds[name] == "int6" else 0).half()
+
+    def estimate(self, step_floor):
+        """Bytes of levels and scales by the order-0 entropy of 64 rows of each matrix; LZMA takes some percent more."""
+        total = 0.0
+        for name, kind in self.kinds.items():
+            if kind in LEVELS:
+                w = self.state[name]
+                rows = slice(None, None, -(-len(w) // 64))
+                q = code_levels(w[rows], self.scale(name, step_floor)[rows].float(), LEVELS[kind])
+                p = torch.bincount(q.flatten().int() + 128).double() / q.numel()
+                total += 2 * len(w) - (p * p.clamp_min(1e-12).log2()).sum().item() * w.numel() / 8
+        return total
+
     def fit(self, cap):
-        """(artifact of at most cap bytes, step floor): floor 0 if that fits, else the one that ends within 0.2 % of cap, by
-        Newton steps on its log2, since a doubled step saves a bit a weight. Raises Fault if none fits."""
-        blob, floor, best = self.pack(0.0), 0.0, None
-        if len(blob) <= cap:
-            return blob, floor
-        floor = torch.cat([s.flatten() for n, s in self.scales.items() if self.kinds[n] == "int6"]).median().item()
-        for _ in range(10):
+        """(artifact of at most cap bytes, step floor): floor 0 if that fits, else the one that ends within 0.2 % of cap. The
+        estimate finds it, corrected by what LZMA took for the last one. Raises Fault if none fits."""
+        best, ratio = None, 1.03
+        for _ in range(4):
+            low, high = -80.0, 80.0  # log2 of the floor
+            while high - low > 1e-4:
+                middle = (low + high) / 2
+                low, high = (low, middle) if self.estimate(2.0**middle) * ratio < 0.999 * cap else (middle, high)
+            floor = 2.0**high if high > -24 else 0.0  # fp16's smallest number is no floor
             blob = self.pack(floor)
             if len(blob) <= cap and (best is None or len(blob) > len(best[0])):
                 best = blob, floor
-                if len(blob) > 0.998 * cap:
-                    break
-            floor *= 2.0 ** min(4, 8 * (len(blob) - 0.999 * cap) / self.counts["int6"])
+            if best and (best[1] == 0 or len(best[0]) > 0.998 * cap):
+                return best
+            ratio = len(blob) / self.estimate(floor)
         if best is None:
-            raise Fault(f"ARTIFACT_BYTES={self.c.artifact_bytes}: code leaves {cap} bytes, the weights take {len(blob)} in the coarsest step "
-                        "tried; train a smaller model or raise the cap.")
+            raise Fault(f"ARTIFACT_BYTES={self.c.artifact_bytes}: code leaves {cap} bytes, the weights take {len(blob)} at the coarsest; "
+                        "train a smaller model or raise the cap.")
         return best
 
     def pack(self, step_floor):
@@ -937,7 +951,7 @@ class Quantizer:
         for name in order:
             kind, w = self.kinds[name], self.state[name]
             if kind in LEVELS:
-                scale = self.scales[name].clamp_min(step_floor if kind == "int6" else 0).half()
+                scale = self.scale(name, step_floor)
                 parts["levels"].append(code_levels(w, scale.float(), LEVELS[kind]).to(torch.int8))
                 parts["scales"].append(scale)
             else:
