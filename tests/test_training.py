@@ -1,6 +1,5 @@
 """Muon, AdamW, clipping, schedules, averages, QAT: each against a plain version of itself; seeds and ranks."""
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -231,4 +230,4 @@ def test_a_fault_ends_all_ranks_with_status_1(tiny_data, tmp_path):
 def test_cpu_threads_are_left_alone_without_torchrun(monkeypatch):
     before = torch.get_num_threads()
     t.Run(config())
-    assert torch.get_num_threads() == before and sys.modules["train_gpt"] is t
+    assert torch.get_num_threads() == before
