@@ -105,7 +105,7 @@ def test_data_that_does_not_fit_is_refused_by_name(changes, word, tiny_data):
 def test_the_other_tokenizer_of_the_same_name_is_recognised(tmp_path):
     path = tmp_path / "fineweb_1024_bpe.model"
     path.write_bytes(b"\0" * 253847)
-    with pytest.raises(t.BadInput, match="253,847 bytes is another model"):
+    with pytest.raises(t.BadInput, match="253,847 bytes is a lookalike"):
         t.ByteCounts(path, 1024)
 
 

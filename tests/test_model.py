@@ -30,18 +30,29 @@ def plain_logits(c, p, ids):
         x = x + p["bigram.embed.weight"][bucket] @ p["bigram.proj.weight"].T * p["bigram.scale"]
     x, g = norm(x), torch.sigmoid(p["smear.gate"])
     x = torch.stack([(1 - g) * x[i] + g * (x[i - 1] if i else 0 * x[0]) for i in range(T)])
-    x0, skips = x, []
-    for i in range(L):
+    x0, skips, v_first = x, [], None
+    order = [(i, 0) for i in range(L)]
+    if c.recur_layers:
+        order[max(c.recur_layers) + 1:max(c.recur_layers) + 1] = [(i, 1) for i in c.recur_layers]
+    for i, again in order:
+        mix, attn_scale, mlp_scale = (p[f"blocks.{i}.{n}"][again] if i in c.recur_layers else p[f"blocks.{i}.{n}"]
+                                      for n in ("resid_mix", "attn_scale", "mlp_scale"))
         w = {k: p[f"blocks.{i}.{k}.weight"] for k in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")}
-        if i >= L // 2 and skips:
+        if i >= L // 2 and skips and not again:
             x = x + p["skip_weights"][i - L // 2] * skips.pop()
-        x = p[f"blocks.{i}.resid_mix"][0] * x + p[f"blocks.{i}.resid_mix"][1] * x0
+        x = mix[0] * x + mix[1] * x0
         s = 1 / math.sqrt(i + 1) if c.ln_scale else 1
         h = norm(x) * s
         v = h @ w["attn.c_v"].T
         if c.ve_enabled and i in c.ve_layers:
             extra = p["ve_shared.embed.weight"][ids] @ p["ve_shared.proj.weight"].T * p["ve_shared.scale"]
             v = v + extra * p[f"ve_layer_scales.{c.ve_layers.index(i)}"]
+        v_first = v if v_first is None else v_first
+        if c.vrl_enabled and i:
+            gate = torch.sigmoid(p[f"blocks.{i}.attn.vrl_gate"])
+            v = (1 - gate) * v + gate * v_first
+        if c.value_residual:
+            v = p[f"blocks.{i}.attn.vr_lambda"][0] * v_first + p[f"blocks.{i}.attn.vr_lambda"][1] * v
         heads = []
         for j in range(c.num_heads):
             kv = slice(j // (c.num_heads // c.num_kv_heads) * d, (j // (c.num_heads // c.num_kv_heads) + 1) * d)
@@ -49,21 +60,25 @@ def plain_logits(c, p, ids):
             k, own = angle(norm((h @ w["attn.c_k"].T)[:, kv])), v[:, kv]
             a = (q @ k.T / math.sqrt(d)).masked_fill(torch.triu(torch.ones(T, T, dtype=torch.bool), 1), -math.inf)
             y = a.softmax(-1) @ own
+            if c.gated_attention:
+                y = y * torch.sigmoid(h @ p[f"blocks.{i}.attn.attn_gate.weight"][j] + p[f"blocks.{i}.attn.attn_gate.bias"][j])[:, None]
             if i >= L - c.xsa_last_n:
                 unit = own / own.norm(dim=-1, keepdim=True)
                 y = y - (y * unit).sum(-1, keepdim=True) * unit
             heads.append(y)
-        x = x + p[f"blocks.{i}.attn_scale"] * (torch.cat(heads, 1) @ w["attn.proj"].T)
+        x = x + attn_scale * (torch.cat(heads, 1) @ w["attn.proj"].T)
         u = norm(x) * s @ w["mlp.fc"].T
-        x = x + p[f"blocks.{i}.mlp_scale"] * (torch.where(u > 0, u, 0.5 * u) ** 2 @ w["mlp.proj"].T)
-        if i < L // 2:
+        x = x + mlp_scale * (torch.where(u > 0, u, 0.5 * u) ** 2 @ w["mlp.proj"].T)
+        if i < L // 2 and not again:
             skips.append(x)
     return norm(x) @ p["tok_emb.weight" if c.tie_embeddings else "lm_head.weight"].T
 
 
 @pytest.mark.parametrize("changes", [{}, dict(NUM_LAYERS="4", XSA_LAST_N="4"), dict(ROPE_DIMS="0"), dict(ROPE_TRAIN_LEN="8"), dict(LN_SCALE="0"),
                                      dict(BIGRAM_VOCAB_SIZE="0"), dict(VE_ENABLED="0"), dict(TIE_EMBEDDINGS="0"), dict(NUM_KV_HEADS="4"),
-                                     dict(NUM_LAYERS="1", VE_LAYERS="0")])
+                                     dict(NUM_LAYERS="1", VE_LAYERS="0"), dict(VRL_ENABLED="1"), dict(VALUE_RESIDUAL="1"),
+                                     dict(GATED_ATTENTION="1"), dict(RECUR_LAYERS="1", RECUR_START="0"),
+                                     dict(NUM_LAYERS="5", RECUR_LAYERS="1,3", RECUR_START="0", VRL_ENABLED="1", GATED_ATTENTION="1", XSA_LAST_N="5")])
 def test_model_is_the_formulas(changes):
     c = config(**changes)
     model = random_model(c).double()
@@ -88,7 +103,7 @@ def test_record_model_has_the_published_number_of_parameters_and_rope_base():
 
 
 def test_every_parameter_has_one_rule_and_its_initial_value():
-    c = config(TIE_EMBEDDINGS="1")
+    c = config(TIE_EMBEDDINGS="1", VRL_ENABLED="1", GATED_ATTENTION="1", RECUR_LAYERS="1")
     state = t.split_banks(dict(t.GPT(c).named_parameters()), c.num_layers)
     for name, p in state.items():
         rule, group, kind = t.parameter_rule(name)
@@ -100,7 +115,7 @@ def test_every_parameter_has_one_rule_and_its_initial_value():
         elif rule == "normal 0.01":
             assert p.std().item() == pytest.approx(0.01, rel=0.1)
         elif rule == "stream":
-            assert (p[0] == 1).all() and (p[1] == 0).all()
+            assert (p[..., 0, :] == 1).all() and (p[..., 1, :] == 0).all()
         else:
             assert (p == float(rule.split()[1] if " " in rule else c.qk_gain_init)).all()
         assert kind in t.KINDS and group in ("muon", "embed", "head", "scalar")
@@ -110,8 +125,8 @@ def test_every_parameter_has_one_rule_and_its_initial_value():
 
 
 def test_every_parameter_is_optimised_once_and_gets_a_gradient():
-    for tie in "01":
-        c = config(TIE_EMBEDDINGS=tie)
+    for changes in (dict(TIE_EMBEDDINGS="0"), dict(VRL_ENABLED="1", GATED_ATTENTION="1", RECUR_LAYERS="1"), dict(VALUE_RESIDUAL="1"), {}):
+        c = config(**changes)
         model, run = random_model(c), t.Run(c)
         optimizer = t.Optimizer(c, run, model)
         held = [id(p) for p in optimizer.banks + optimizer.small]
@@ -123,6 +138,21 @@ def test_every_parameter_is_optimised_once_and_gets_a_gradient():
     model.smear.gate.grad = None
     with pytest.raises(t.Fault, match=r"no gradient for parameters of shapes \[\(32,\)\]"):
         optimizer.reduce(torch.zeros(()))
+
+
+def test_recurrence_starts_where_it_is_told_from_equal_vectors():
+    """Before it starts the model is that without; then layers 1 and 2 run twice, first with the first pass's vectors."""
+    c = config(RECUR_LAYERS="1,2", RECUR_START="5")
+    model, ids = random_model(c), torch.randint(0, c.vocab_size, (2, 32), generator=torch.Generator().manual_seed(3))
+    plain = random_model(config())
+    state = {n: p[0] if p.ndim > q.ndim else p for (n, p), q in zip(model.state_dict().items(), plain.state_dict().values())}
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(model.hidden(ids), plain.hidden(ids), rtol=0, atol=0)
+        model.start_recurrence()
+        for name in ("resid_mix", "attn_scale", "mlp_scale"):
+            assert torch.equal(*getattr(model.blocks[2], name))
+        assert not torch.allclose(model.hidden(ids), plain.hidden(ids), atol=1e-3)
 
 
 def test_hidden_states_before_a_changed_token_are_bit_identical():

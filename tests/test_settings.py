@@ -28,12 +28,17 @@ CHANGES = dict(
     MUON_MOMENTUM_WARMUP_STEPS=2, MUON_BACKEND_STEPS=1, MUON_WD=3, ADAM_WD=3, BETA1=0.1, BETA2=0.5, ADAM_EPS=0.01, GRAD_CLIP_NORM=0.01,
     EMA_ENABLED=0, EMA_DECAY=0.1, SWA_ENABLED=0, SWA_EVERY=2, LATE_QAT=0, LATE_QAT_THRESHOLD=0.6, ARTIFACT_BYTES=100000, EVAL_SEQ_LEN=16,
     EVAL_STRIDE=32, TTT_ENABLED=0, TTT_LR=0.2, TTT_EPOCHS=1, TTT_CHUNK_TOKENS=64, TTT_FREEZE_BLOCKS=2, TTT_MOMENTUM=0, TTT_BATCH_SEQS=2,
-    TTT_GRAD_CLIP=0.01, SLOT_ENABLED=0, SLOT_LR=0.1, SLOT_STEPS=1, SLOT_BATCH_SEQS=8, EVALS="roundtrip")
+    TTT_GRAD_CLIP=0.01, SLOT_ENABLED=0, SLOT_LR=0.1, SLOT_STEPS=1, SLOT_BATCH_SEQS=8, SLOT_DELTA="window", SLOT_BIAS=1, SLOT_LOSS="scored",
+    SLOT_LR_MIN=0.0001, SLOT_HYPER_LR=0.1, VRL_ENABLED=1, VALUE_RESIDUAL=1, GATED_ATTENTION=1, PREQUANT_TTT_ENABLED=1, EVALS="roundtrip")
 # ... and where a change alone is not enough, what else to set in both runs.
-BESIDE = dict(EMBED_LR=(0.05, dict(TIE_EMBEDDINGS=0)), HEAD_LR=(0.5, dict(TIE_EMBEDDINGS=0)), MAX_WALLCLOCK_SECONDS=(1e-3, {}))
+CTW = dict(SLOT_ENABLED=0, CTW_WEIGHT=0.3, CTW_ENTROPY_THRESHOLD=0)
+BESIDE = dict(EMBED_LR=(0.05, dict(TIE_EMBEDDINGS=0)), HEAD_LR=(0.5, dict(TIE_EMBEDDINGS=0)), MAX_WALLCLOCK_SECONDS=(1e-3, {}),
+              RECUR_LAYERS=("1,2", dict(RECUR_LAYERS="1", RECUR_START=4)), RECUR_START=(8, dict(RECUR_LAYERS="1", RECUR_START=4)),
+              PREQUANT_TTT_LR=(0.01, dict(PREQUANT_TTT_ENABLED=1)), PREQUANT_TTT_EPOCHS=(2, dict(PREQUANT_TTT_ENABLED=1)),
+              PREQUANT_TTT_FREEZE_BLOCKS=(3, dict(PREQUANT_TTT_ENABLED=1)), CTW_WEIGHT=(0.1, CTW), CTW_ENTROPY_THRESHOLD=(4, CTW))
 # Settings that must not change a figure, or are tested for themselves elsewhere.
 ELSEWHERE = set("PRESET RUN_ID DEVICE COMPILE ATTENTION LOAD_ARTIFACT SAVE_NLL DATA_PATH TOKENIZER_PATH VAL_BATCH_SIZE WARMUP_STEPS "
-                "VOCAB_SIZE CTW_WEIGHT".split())
+                "VOCAB_SIZE CTW_DEPTH".split())
 
 
 def problems(**env):
@@ -92,7 +97,7 @@ def test_switches_take_0_1_false_true_and_name_themselves_otherwise(name):
 
 @pytest.mark.parametrize("wrong,near", [("TTT_ENABLE", "TTT_ENABLED"), ("ITERATION", "ITERATIONS"), ("EVAL_STRID", "EVAL_STRIDE"),
                                         ("SLOT_STEP", "SLOT_STEPS"), ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"),
-                                        ("VRL_ENABLED", ""), ("RECUR_LAYERS", ""), ("MTP_NUM_HEADS", "")])
+                                        ("RECUR_LAYER", "RECUR_LAYERS"), ("CTW_ALPHA", "CTW_"), ("MTP_NUM_HEADS", "")])
 def test_misspelt_and_missing_settings_are_named_with_the_nearest(wrong, near):
     line, = problems(**{wrong: "1"})
     assert line.startswith(f"{wrong}=1: there is no such setting. Nearest name: {near}")
@@ -115,16 +120,55 @@ def test_all_problems_are_reported_at_once():
     (dict(VAL_BATCH_SIZE=2047), "VAL_BATCH_SIZE"), (dict(EVAL_STRIDE=2049), "EVAL_STRIDE"), (dict(TTT_CHUNK_TOKENS=2047), "TTT_CHUNK_TOKENS"),
     (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS"), (dict(TTT_ENABLED=0, EVALS="ttt"), "EVALS"), (dict(SLOT_ENABLED=0, EVALS="roundtrip,slot"), "EVALS"),
     (dict(EVALS="rountrip"), "EVALS"), (dict(RUN_ID="a/b"), "RUN_ID"), (dict(RUN_ID=".."), "RUN_ID"), (dict(CTW_WEIGHT="0.1"), "CTW_WEIGHT"),
+    (dict(CTW_WEIGHT="0.1", EVALS="ttt_slot_ctw"), "EVALS"), (dict(EVALS="ctw"), "EVALS"), (dict(SLOT_HYPER_LR="0.1", SLOT_ENABLED=0), "SLOT_HYPER_LR"),
+    (dict(SLOT_STEPS=0), "SLOT_STEPS"), (dict(SLOT_LR_MIN="0.1"), "SLOT_LR_MIN"), (dict(SLOT_LOSS="context", EVAL_STRIDE=2048), "SLOT_LOSS"),
+    (dict(SLOT_DELTA="batch"), "SLOT_DELTA"), (dict(RECUR_LAYERS="4,11"), "RECUR_LAYERS"), (dict(RECUR_LAYERS="4,4"), "RECUR_LAYERS"),
+    (dict(VRL_ENABLED=1, VALUE_RESIDUAL=1), "VRL_ENABLED"), (dict(PREQUANT_TTT_FREEZE_BLOCKS=12), "PREQUANT_TTT_FREEZE_BLOCKS"),
+    (dict(LOGIT_SOFTCAP=2000), "LOGIT_SOFTCAP"),
     (dict(PRESET="record"), "PRESET"), (dict(ATTENTION="fa2"), "ATTENTION")])
 def test_settings_that_do_not_go_together_are_refused_by_name(env, name):
     env = {k: str(v) for k, v in env.items()}
-    assert any(line.startswith(f"{name}=") for line in problems(**env))
+    assert any(f"{name}={env.get(name, '')}" in line for line in problems(**env))  # of two that clash, both are named
+
+
+def test_contradictions_of_slot_and_ctw_are_reported_together():
+    lines = problems(SLOT_HYPER_LR="0.1", SLOT_ENABLED="0", RECUR_LAYERS="99", SLOT_STEPS="0", EVALS="ctw,slot")
+    assert sorted(line.split("=")[0] for line in lines) == ["EVALS", "EVALS", "RECUR_LAYERS", "SLOT_HYPER_LR", "SLOT_STEPS"]
 
 
 def test_evals_follow_the_switches():
     evals = {(a, b): t.load_config(dict(TTT_ENABLED=a, SLOT_ENABLED=b)).evals[2:] for a in "01" for b in "01"}
     assert evals == {("0", "0"): (), ("0", "1"): ("slot",), ("1", "0"): ("ttt",), ("1", "1"): ("ttt_slot",)}
     assert t.load_config(dict(EVALS="none")).evals == ()
+    assert [t.load_config(dict(SLOT_ENABLED="0", CTW_WEIGHT="0.1", TTT_ENABLED=a)).evals[2:] for a in "01"] == [("ctw",), ("ttt_ctw",)]
+    assert t.load_config(dict(CTW_WEIGHT="0.1", EVALS="slot,ctw")).evals == ("slot", "ctw")
+
+
+# The table of published systems: preset, parameters in their logs (None: not known), evaluator, conditions it breaks, settings.
+SYSTEMS = [
+    ("pr549", 26_928_220, "ttt", "", dict(slot_enabled=False)),
+    ("pr1084", 26_928_220, "ttt_slot", "C1,C2,C3", dict(slot_delta="shared", slot_bias=False, slot_loss="all", slot_steps=3, slot_lr=0.001, eval_stride=64)),
+    ("pr1150", 26_993_756, "ttt_slot", "C1,C2,C3", dict(slot_loss="all", slot_steps=5, slot_lr=0.003, eval_stride=64)),
+    ("pr1303", 26_862_694, "slot", "C1,C2,C3", dict(slot_delta="window", slot_bias=True, slot_loss="scored", slot_steps=16, slot_lr=0.008, slot_lr_min=0.0008, eval_stride=64)),
+    ("pr1313", 26_862_694, "slot", "C1,C2,C3", dict(slot_delta="window", slot_bias=True, slot_loss="scored", slot_steps=24, slot_lr=0.012, slot_lr_min=0.001, eval_stride=96,
+                                                   xsa_last_n=11, vrl_enabled=True, qk_gain_init=4.0, ttt_enabled=False)),
+    ("pr1488", 26_862_694, "slot", "C1,C2,C3", dict(qk_gain_init=5.25, prequant_ttt_enabled=True, prequant_ttt_epochs=10, prequant_ttt_lr=0.00045, prequant_ttt_freeze_blocks=1)),
+    ("slot28", None, "slot", "C1,C2,C3", dict(slot_steps=28, slot_lr=0.012)),
+    ("slot32", None, "slot", "C1,C2,C3", dict(slot_steps=32, slot_lr=0.015)),
+    ("slot48", None, "slot", "C1,C2,C3", dict(slot_steps=48, slot_lr=0.012)),
+    ("hypergradient", None, "slot", "C1,C2,C3", dict(slot_steps=24, slot_hyper_lr=1e-5)),
+]
+
+
+@pytest.mark.parametrize("preset,parameters,label,breaks,values", SYSTEMS, ids=[row[0] for row in SYSTEMS])
+def test_a_preset_is_the_published_system(preset, parameters, label, breaks, values):
+    c = t.load_config(dict(PRESET=preset))
+    assert {name: getattr(c, name) for name in values} == values and c.evals == ("roundtrip", "sliding_window", label)
+    assert t.broken_conditions(c, label) == breaks
+    assert t.broken_conditions(c, "sliding_window") == ("C3" if preset == "pr1488" else "")
+    if parameters:
+        assert sum(p.numel() for p in t.GPT(c).parameters()) == parameters
+    assert {row[0] for row in SYSTEMS} | {"demo"} == set(t.PRESETS)
 
 
 def test_preset_sets_defaults_and_explicit_variables_win():

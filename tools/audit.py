@@ -1,0 +1,245 @@
+"""Is an evaluator honest? Conditions C1 to C4 of the challenge (issue #1017), checked from outside and held against its claim.
+
+    python tools/audit.py --artifact logs/ID/final_model.int6.ptz                       all evaluators of the default settings
+    python tools/audit.py --artifact ... --preset pr1313 SLOT_LOSS=context              another system, settings changed
+    torchrun --standalone --nproc_per_node=2 tools/audit.py --artifact ...              the same on two ranks
+
+The stream is the beginning of the validation split. Chunks and SLOT's batches are made small enough that it holds several of
+each; --targets is how much of it is used. What is checked:
+
+  C1 causal       change one token of the stream: no earlier score may move by a bit. Probes: the first tokens after window, batch,
+                  chunk and rank boundaries, and random ones.
+  C2 normalised   put every token of the vocabulary in turn at one place: the probabilities it gets must sum to 1. They do not if
+                  p_t is no distribution, or if it was changed by a look at its token.
+  C3 score first  a ledger: the window that scores a target must come before any window whose parameters were fitted to it.
+  C4 one pass     every target scored once, in order.
+  floor           on uniform random tokens no causal score is below ln V; seen best with initial weights, so with those.
+
+Exit status: 0 every claim holds, 1 an evaluator breaks other conditions than it says, 2 bad input.
+"""
+import argparse
+import dataclasses
+import math
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+import train_gpt as t  # noqa: E402
+
+
+class Stream:
+    """What train_gpt.score needs of validation data: tokens [n+1]."""
+
+    def __init__(self, tokens):
+        self.tokens, self.n = tokens, len(tokens) - 1
+
+
+def score(run, model, tokens, label, c):
+    """Nats [n] fp32 of a stream; the model's weights are as before."""
+    kept = [p.detach().clone() for p in model.parameters()]
+    nats = t.score(run, model, Stream(tokens), [(label, c)])[0][0].cpu()
+    with torch.no_grad():
+        torch._foreach_copy_(list(model.parameters()), kept)
+    return nats
+
+
+def shrink(c, targets):
+    """Settings with chunks and batches of which `targets` holds several; a batch of one window stays one."""
+    windows = max(2, targets // c.eval_stride // 8)
+    return dataclasses.replace(c, ttt_chunk_tokens=min(c.ttt_chunk_tokens, max(c.eval_seq_len, targets // 4)),
+                               slot_batch_seqs=min(c.slot_batch_seqs, windows))
+
+
+def boundaries(c, run, label, n):
+    """Indices of tokens that are the first to be scored after a window, batch (so rank) or chunk boundary."""
+    T = c.eval_seq_len
+    starts, firsts = t.plan_windows(n, T, T if label == "roundtrip" else c.eval_stride)
+    heads = starts + firsts + 1
+    size = c.slot_batch_seqs if label.endswith("slot") else max(1, c.val_batch_size // (T * run.world))
+    chunks = [int(np.searchsorted(heads, k + 1)) for k in range(0, n, c.ttt_chunk_tokens)]
+    picked = [1, 2, chunks[-1] + size, *chunks, *(k + size for k in chunks), *(k + 1 for k in chunks), len(heads) - 1]
+    return sorted({int(heads[k]) for k in picked if 0 < k < len(heads)} | {int(heads[1]) + 1} if len(heads) > 1 else set())
+
+
+def probes(c, run, label, n, count, rng):
+    """Token indices to change: boundaries first, then random ones; every index leaves an earlier score that could move."""
+    found = boundaries(c, run, label, n)[:max(1, count // 2)]
+    return found + rng.integers(2, n + 1, max(0, count - len(found))).tolist()
+
+
+def flip(run, model, tokens, label, c, where):
+    """(probes that moved an earlier score, largest move in nats, of the same stream twice)."""
+    base, moved, largest = score(run, model, tokens, label, c), 0, 0.0
+    if not torch.equal(base, score(run, model, tokens, label, c)):
+        return len(where), math.nan
+    for p in where:
+        changed = tokens.clone()
+        changed[p] = (changed[p] + 1 + p % (c.vocab_size - 1)) % c.vocab_size
+        before, after = base[:p - 1], score(run, model, changed, label, c)[:p - 1]  # token p is target p - 1
+        moved += not torch.equal(before, after)
+        largest = max(largest, (before - after).abs().max().item() if p > 1 else 0.0)
+    return moved, largest
+
+
+def sums(run, model, tokens, label, c, where):
+    """Largest distance from 1 of the sum, over all tokens put at p, of the probability that it gets there."""
+    worst = 0.0
+    for p in where:
+        total, changed = 0.0, tokens.clone()
+        for token in range(c.vocab_size):
+            changed[p] = token
+            total += math.exp(-score(run, model, changed, label, c)[p - 1].item())
+        worst = max(worst, abs(total - 1))
+    return worst
+
+
+class Ledger:
+    """Which window scores each target, and which windows' parameters were fitted to it, seen at the script's own calls."""
+
+    def __init__(self, c, label, n):
+        self.c, self.T, self.next, self.early, self.uses = c, c.eval_seq_len, 0, 0, 0
+        starts, firsts = t.plan_windows(n, self.T, self.T if label == "roundtrip" else c.eval_stride)
+        self.starts, self.scored_by, self.count = starts, np.repeat(np.arange(len(starts)), self.T - firsts), np.zeros(n, int)
+
+    def use(self, targets, window):
+        """Note that the parameters for `window` and later ones were fitted to these targets."""
+        self.uses += len(targets)
+        self.early += int((self.scored_by[targets] >= window).sum())
+
+    def watch(self, run, model, tokens, label):
+        """Run the evaluator with the ledger open; returns itself."""
+        names = [(t, "score_batch"), (t.ChunkTrainer, "train"), (t.Ctw, "learn"), (t.Slot, "nats"), (t.Slot, "fit")]
+        kept = [getattr(*name) for name in names]
+
+        def score_batch(c, run, model, val, starts, firsts, *rest):
+            self.next += len(starts)
+            for start, first in zip(starts, firsts):
+                self.count[start + first:start + self.T] += 1
+            return kept[0](c, run, model, val, starts, firsts, *rest)
+
+        def train(trainer, tokens, begin, end, *rest):
+            self.use(np.arange(begin, end), self.next)
+            return kept[1](trainer, tokens, begin, end, *rest)
+
+        def learn(ctw, end):
+            self.use(np.arange(ctw.end, end), self.next)
+            return kept[2](ctw, end)
+
+        def nats(slot, b):
+            self.batch = b.h
+            return kept[3](slot, b)
+
+        def fit(slot, h, targets, rows, shares, *rest):
+            offset = (h.data_ptr() - self.batch.data_ptr()) // (h.element_size() * h.size(1) * self.T)  # of its first window
+            first, windows = self.next - len(self.batch) + offset, len(h) // self.T
+            for group, share in zip(rows.cpu().numpy(), shares.cpu().numpy()):
+                used, own = group[share > 0], first + (group[:1] // self.T).sum() * (len(rows) > 1)
+                self.use(self.starts[first + used // self.T] + used % self.T, first + windows if self.c.slot_loss == "past" else own)
+            return kept[4](slot, h, targets, rows, shares, *rest)
+
+        try:
+            for (owner, name), new in zip(names, (score_batch, train, learn, nats, fit)):
+                setattr(owner, name, new)
+            score(run, model, tokens, label, self.c)
+        finally:
+            for (owner, name), old in zip(names, kept):
+                setattr(owner, name, old)
+        if self.c.prequant_ttt_enabled:  # the artifact itself was trained on all of them
+            self.use(np.arange(len(self.count)), 0)
+        return self
+
+
+def floor(run, model, c, label, n, rng):
+    """(mean nats on uniform random tokens less ln V, its standard error)."""
+    nats = score(run, model, torch.from_numpy(rng.integers(0, c.vocab_size, n + 1)).to(run.device), label, c).double()
+    return nats.mean().item() - math.log(c.vocab_size), nats.std().item() / math.sqrt(n)
+
+
+def audit(run, model, tokens, label, c, count=24, sum_count=1, seed=0):
+    """Report of an evaluator as a dict; broken is what was found in the form of train_gpt.broken_conditions."""
+    rng, n = np.random.default_rng(seed), len(tokens) - 1
+    where = probes(c, run, label, n, count, rng)
+    moved, largest = flip(run, model, tokens, label, c, where)
+    # A sum takes a run for every token, so on two windows' worth, with places in the second and a chunk boundary between them:
+    # what is learnt from the past has been learnt by then, and later windows of a batch have the place as context.
+    T = c.eval_seq_len
+    places = [min(n, T + 1 + c.eval_stride // 2 + k) for k in range(sum_count)]
+    off = sums(run, model, tokens[:min(n, 2 * T) + 1], label, dataclasses.replace(c, ttt_chunk_tokens=T), places)
+    ledger = Ledger(c, label, n).watch(run, model, tokens, label) if run.world == 1 else None
+    gap, error = floor(run, t.GPT(c, model.dtype, model.attention).to(run.device), c, label, n, rng)
+    broken = ["C1"] * (moved > 0) + ["C2"] * (off > 2e-5)
+    if ledger:
+        broken += ["C3"] * (ledger.early > 0) + ["C4"] * bool((ledger.count != 1).any())
+    claim = t.broken_conditions(c, label)
+    compared = [w for w in claim.split(",") if w and (ledger or w != "C3")]
+    return dict(evaluator=label, claim=claim, broken=",".join(broken), probes=len(where), moved=moved, largest=largest, sum_error=off,
+                early=ledger.early if ledger else None, uses=ledger.uses if ledger else None, gap=gap, gap_error=error,
+                below=gap < -4 * error, ok=compared == broken and not (gap < -4 * error and not claim))
+
+
+def table(reports):
+    """Reports as lines of text."""
+    head = f"{'evaluator':16} {'claim':10} {'found':10} {'C1 moved':>9} {'by nats':>9} {'C2 sum-1':>9} {'C3 early/used':>15} {'floor':>16}  verdict"
+    lines = [head, "-" * len(head)]
+    for r in reports:
+        early = "-" if r["early"] is None else f"{r['early']}/{r['uses']}"
+        lines.append(f"{r['evaluator']:16} {r['claim'] or 'causal':10} {r['broken'] or 'causal':10} {r['moved']:4}/{r['probes']:<4} "
+                     f"{r['largest']:9.2e} {r['sum_error']:9.1e} {early:>15} {r['gap']:+8.4f}+-{r['gap_error']:.4f}  "
+                     f"{'as claimed' if r['ok'] else 'NOT AS CLAIMED'}")
+    return lines
+
+
+def load(artifact, env):
+    """(Run, Config, model, tokens of the validation stream) of an artifact under these settings. Raises BadInput."""
+    c, state = t.read_artifact(t.load_config({**env, "LOAD_ARTIFACT": str(artifact)}))
+    run = t.Run(c)
+    val, model = t.ValData(c, run), t.GPT(c, run.dtype, t.choose_attention(c.attention, run.device)[1])
+    t.load_state(model, state, f"LOAD_ARTIFACT={artifact}")
+    if run.world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if run.cuda else "gloo")
+    run.log = lambda text: None  # no progress lines
+    return run, c, model.to(run.device), val
+
+
+def settings_of(words, preset):
+    """Environment with NAME=VALUE words and a preset on top. Raises BadInput for a word of another form."""
+    wrong = [w for w in words if "=" not in w]
+    if wrong:
+        raise t.BadInput(f"{wrong[0]}: not a setting; write NAME=VALUE.")
+    return {**os.environ, **({"PRESET": preset} if preset else {}), **dict(w.split("=", 1) for w in words)}
+
+
+def main(argv=None):
+    """Print the table; the exit status says whether all claims hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--artifact", required=True, help="final_model.int6.ptz to evaluate")
+    parser.add_argument("--preset", help="settings of a published system")
+    parser.add_argument("--targets", type=int, default=4096, help="targets of the stream (default 4096)")
+    parser.add_argument("--probes", type=int, default=24, help="flips per evaluator (default 24)")
+    parser.add_argument("--sums", type=int, default=1, help="places to sum probabilities at, a run per token each (default 1)")
+    parser.add_argument("settings", nargs="*", metavar="NAME=VALUE")
+    args = parser.parse_args(argv)
+    try:
+        run, c, model, val = load(args.artifact, settings_of(args.settings, args.preset))
+        n = min(val.n, max(args.targets, 2 * c.eval_seq_len) // c.eval_seq_len * c.eval_seq_len)
+        c = shrink(c, n)
+        reports = [audit(run, model, val.tokens[:n + 1], label, c, args.probes, args.sums) for label in c.evals]
+    except (t.BadInput, t.Fault) as problem:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        return 2
+    if run.rank == 0:
+        print(f"{n} targets, {run.world} rank(s), chunks of {c.ttt_chunk_tokens}, SLOT_BATCH_SEQS {c.slot_batch_seqs}")
+        print("\n".join(table(reports)), flush=True)
+    return int(not all(r["ok"] for r in reports))
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # at once: taking gloo down can abort a rank
