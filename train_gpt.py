@@ -784,7 +784,7 @@ class Optimizer:
 		return norm
 
 # ---------- averages
-# Candidates for the export, beside the last weights; the lowest loss on held-out training text decides.
+# Candidates for the export; the lowest loss on held-out training text decides.
 
 class Averages:
 	"""EMA and SWA of params, fp32, as lists in their order."""
@@ -891,7 +891,7 @@ def code_levels(w, scale, levels):
 	return (w / scale).round_().clamp_(-levels, levels)
 
 class Quantizer:
-	"""What the export makes of a state, by the formats in PARAMETERS."""
+	"""What the export makes of a state."""
 	def __init__(self, c, state):
 		self.c, self.state = c, {name: t.detach().float() for name, t in split_banks(state, c.num_layers).items()}
 		self.kinds = {name: parameter_rule(name)[2] for name in self.state}
@@ -1146,7 +1146,8 @@ class Slot(Plain):
 			count += 1
 			m.lerp_(g, 0.1)
 			v.lerp_(g.square(), 0.001)
-			update = m / (1 - 0.9**count[:, :1]) / ((v / (1 - 0.999**count[:, :1])).sqrt() + 1e-5)
+			debias = [-torch.expm1(count[:, :1] * math.log(beta)) for beta in (0.9, 0.999)]  # 1 - beta**count, precisely
+			update = m / debias[0] / ((v / debias[1]).sqrt() + 1e-5)
 			value -= rate * (update + 1e-8 * value)
 
 	def nats(self, b):
@@ -1341,7 +1342,7 @@ def mean_and_bpb(val, nats):
 def evaluate(c, run, model, val, weights, labels):
 	"""Run evaluators on the model, whose weights are put back, and log a result line for each."""
 	passes = {}
-	for label in labels:  # TTT with and without SLOT costs one TTT
+	for label in labels:
 		passes.setdefault((label == "roundtrip", label.startswith("ttt")), []).append(label)
 	for group in passes.values():
 		with put_back(model.parameters()):

@@ -2,6 +2,7 @@
 import dataclasses
 import itertools
 import math
+import time
 
 import audit
 import numpy as np
@@ -14,7 +15,8 @@ MODES = list(itertools.product(("shared", "window"), ("0", "1"), ("all", "scored
 
 
 def autograd_slot(c, model, h, targets, firsts, carry=None):
-    """Nats [B,T] of a batch of windows under SLOT, straightforwardly: autograd through the head and torch's AdamW.
+    """Nats [B,T] of a batch of windows under SLOT, straightforwardly, as published: at every step the logits of all positions, a mask
+    on their loss, autograd through the head and torch's AdamW.
 
     carry: a dict that keeps delta, bias and optimiser between batches (SLOT_LOSS=past, which scores first).
     """
@@ -246,3 +248,40 @@ def test_scores_are_the_same_on_one_and_two_ranks(tiny_data, tmp_path):
             assert done.returncode == 0, done.stderr
             found.append({k: v["val_loss"] for k, v in read_metrics(tmp_path / "logs" / name).items() if k.startswith("final_")})
         assert found[0] == pytest.approx(found[1], abs=1e-6) and found[0]
+
+
+def scored_only_autograd(c, model, h, targets, firsts):
+    """The same for equal windows, of which only the scored positions go through the head: the least that autograd can do."""
+    keep = c.eval_seq_len - int(firsts[-1])
+    return autograd_slot(dataclasses.replace(c, eval_seq_len=keep, eval_stride=keep), model, h[:, -keep:], targets[:, -keep:], np.zeros(len(h), int))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode,plain,least", [
+    (dict(SLOT_STEPS="3"), autograd_slot, 5), (dict(SLOT_DELTA="window", SLOT_LOSS="scored", SLOT_BIAS="1", SLOT_STEPS="24"), autograd_slot, 8),
+    (dict(SLOT_DELTA="window", SLOT_LOSS="scored", SLOT_BIAS="1", SLOT_STEPS="24"), scored_only_autograd, 3)])
+def test_closed_form_is_many_times_faster_than_autograd(mode, plain, least, stream, capsys):
+    """SLOT's own added time at the demo's size, the two alternating; a shared machine gets half of what was measured in peace."""
+    c = t.load_config({"PRESET": "demo", "DEVICE": "cpu", **mode})
+    run, val = stream(c, 2304)
+    model, starts, spent = random_model(c), np.arange(32) * 64, np.zeros(3)
+    rows, firsts = val.tokens[torch.from_numpy(starts[:, None] + np.arange(257))], np.full(32, 192)
+    rows = rows[:, :-1], rows[:, 1:]
+    with torch.no_grad():
+        h, scored = model.hidden(rows[0]), torch.from_numpy(np.flatnonzero(t.scored_rows(firsts, 256)))
+    slot, batch = t.Slot(c, run, model, val), t.Batch(h, rows[1], firsts, scored, scored)
+    for _ in range(3):
+        clock = [time.perf_counter()]
+        with torch.no_grad():
+            ours = slot.nats(batch)
+            clock.append(time.perf_counter())
+            t.row_nll(model, h, rows[1], scored)
+        clock.append(time.perf_counter())
+        theirs = plain(c, model, h, rows[1], firsts)
+        clock.append(time.perf_counter())
+        spent += np.diff(clock)
+    torch.testing.assert_close(ours, theirs.flatten() if len(theirs.flatten()) == len(ours) else theirs.flatten()[scored], rtol=0, atol=5e-5)
+    ratio = (spent[2] - spent[1]) / (spent[0] - spent[1])
+    with capsys.disabled():
+        print(f"\n{mode} {plain.__name__}: added time {ratio:.1f} times less")
+    assert ratio > least / 2

@@ -18,6 +18,7 @@ import csv
 import itertools
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -35,13 +36,13 @@ COLOURS = {True: "#2a78b5", False: "#c8553d"}  # causal, not causal; apart for c
 
 def parse_row(text, env, base):
     """(name, evaluator, Config) of a row's words; base: the artifact's Config. Raises BadInput."""
-    head, _, rest = text.partition(" ")
-    name, named, first = head.rpartition("=")
-    words = rest.split()
-    if first not in t.EVALS and first not in t.PRESETS or [w for w in words if "=" not in w]:
+    names = "|".join((*t.EVALS, *t.PRESETS))
+    match = re.fullmatch(rf"(?:([^=]+)=)?({names})((?: +\w+=\S*)*)", text)
+    if not match:
         raise t.BadInput(f"{text!r}: a row is [NAME=]EVALUATOR or [NAME=]PRESET, then SETTING=VALUE; evaluators: {', '.join(t.EVALS)}; presets: "
                          f"{', '.join(t.PRESETS)}.")
-    given = dict(w.split("=", 1) for w in words)
+    name, first, rest = match.groups()
+    given = dict(w.split("=", 1) for w in rest.split())
     wrong = [n for n in given if not n.startswith(EVALUATION)]
     if wrong:
         raise t.BadInput(f"{text!r}: {wrong[0]} is no setting of evaluation; allowed: those that begin with {', '.join(EVALUATION)}.")
@@ -133,10 +134,10 @@ def line_chart(rows, path, title, steps):
     figure = Figure(figsize=(1 + 3.6 * len(panels), 4.6), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
         names = dict.fromkeys(row["base"] for row in swept)
-        for name, marker in zip(names, itertools.cycle("os^Dv")):
+        for name, marker in zip(names, itertools.cycle("os^Dvx*")):
             line = [row for row in swept if row["base"] == name and all(row["grid"][k] == v for k, v in panel)]
             x, y = [float(row["grid"][steps]) for row in line], [row["diff"] for row in line]
-            axes.errorbar(x, y, [[r["diff"] - r["low"] for r in line], [r["high"] - r["diff"] for r in line]], marker=marker, ms=5, lw=1.4,
+            axes.errorbar(x, y, [[r["diff"] - r["low"] for r in line], [r["high"] - r["diff"] for r in line]], marker=marker, ms=8 if marker == "o" else 5, lw=1.4,
                           capsize=2, color=COLOURS[line[0]["causal"]], ls="-" if line[0]["causal"] else "--", label=name)
         axes.axhline(0, color="black", lw=0.8)
         axes.set(xscale="log", xlabel=steps, title=", ".join(f"{k}={v}" for k, v in panel))
