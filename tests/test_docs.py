@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 
+import ablate
 import pytest
 import summary
 from conftest import ROOT, t
@@ -46,8 +47,8 @@ def test_metrics_and_text_logs_agree():
 
 def test_equality_table_is_what_the_logs_say():
     rows = re.findall(r"^\|[^|\n]*\| ([^|]+) \| (\d\.\d{8}) \| (\d\.\d{8}) \| `(\w+)` \|$", README, re.M)
-    assert len(rows) == 10
-    names = {"roundtrip": "roundtrip", "sliding": "sliding_window", "score-first": "ttt", "TTT": "ttt_slot"}
+    assert len(rows) == 13
+    names = {"roundtrip": "roundtrip", "sliding": "sliding_window", "score-first": "ttt", "TTT": "ttt_slot", "SLOT-24": "slot"}
     for what, theirs, ours, log in rows:
         label = names[re.split("[ ,]", what)[0]]
         assert f"final_int6_{label} val_loss:{ours} " in result_lines(ROOT / "logs" / f"{log}.txt")
@@ -58,9 +59,49 @@ def test_every_other_score_in_the_readme_is_in_a_log_or_marked_as_published_else
     own = README.split("**Published elsewhere**")[0] + README.split("## Run it")[1]
     own = re.sub(r"^\|.*$", "", re.sub("<!--.*?<!-- end -->", "", own, flags=re.S), flags=re.M)
     logs = "".join(result_lines(log) for log in (ROOT / "logs").glob("*.txt") if log.name.startswith(("demo_seed", "lineage_")))
-    numbers = re.findall(r"\d\.\d{4}", own)
+    numbers = re.findall(r"(?<![+-])\d\.\d{4}", own)
     assert numbers == ["4.1296", "5.3599", "3.9893", "3.9915"]  # the first two are the lineage's, and said to be
     assert set(numbers[2:]) <= {f"{float(n):.4f}" for n in re.findall(r"val_loss:(\d\.\d+)", logs)}
+
+
+SPLITS = {name: {row["row"]: row for row in ablate.read_results(ROOT / "logs" / name)} for name in ("slot_split_demo", "slot_split_6x192")}
+FITTED = {"all targets": "all", "context, a delta for 32 windows": "context-in-batch", "context, a delta a window": "context-per-window",
+          "what was scored, carried on": "past", "scored targets": "scored", "scored targets, with a bias": "scored+bias"}
+
+
+def test_table_of_slots_gain_is_what_the_logs_say():
+    rows = re.findall(r"^\| ([^|]+) \| (\d+), ([\d.]+) \| ([^|]+) \| ([^|]+) \| (yes|no) \|$", README, re.M)
+    assert len(rows) == 18
+    for fitted, steps, rate, *cells, causal in rows:
+        for cell, found in zip(cells, SPLITS.values()):
+            row = found[f"{FITTED[fitted]} SLOT_STEPS={steps} SLOT_LR={rate}"]
+            assert cell == f"{row['diff']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})" and row["causal"] == (causal == "yes")
+
+
+def test_what_the_readme_says_of_slots_gain_follows_from_the_logs():
+    (demo, fineweb), text = SPLITS.values(), " ".join(README.split())
+    best = [min((row for row in found.values() if row["base"] == "context-per-window"), key=lambda row: row["diff"]) for found in (demo, fineweb)]
+    assert [(f"{row['diff']:+.4f}", row["grid"]) for row in best] == [
+        ("-0.0304", dict(SLOT_STEPS="48", SLOT_LR="0.003")), ("-0.0061", dict(SLOT_STEPS="24", SLOT_LR="0.001"))]
+    for found, kept in ((demo, "74"), (fineweb, "47")):
+        ratio = found["context-per-window SLOT_STEPS=3 SLOT_LR=0.001"]["diff"] / found["all SLOT_STEPS=3 SLOT_LR=0.001"]["diff"]
+        assert f"{100 * ratio:.0f}" == kept and re.search(f"{kept} % (of their gain )?on", text)
+    ratios = [row["diff"] / found[row["row"].replace("context-in-batch", "all")]["diff"] for found in SPLITS.values() for row in found.values()
+              if row["base"] == "context-in-batch"]
+    assert len(ratios) == 30 and round(100 * min(ratios)) == 97 and round(100 * max(ratios)) == 99
+    assert fineweb["scored+bias SLOT_STEPS=24 SLOT_LR=0.012"]["diff"] / best[1]["diff"] == pytest.approx(100, abs=10)
+    past = [min(row["diff"] for row in found.values() if row["base"] == "past") for found in (demo, fineweb)]
+    assert f"{past[0]:+.4f}" == "-0.0014" and all(row["high"] > 0 for row in fineweb.values() if row["base"] == "past")
+    ctw = [{row["row"]: row for row in ablate.read_results(ROOT / "logs" / name)} for name in ("ctw_demo", "ctw_6x192")]
+    for found, weight, words in ((ctw[0], "0.1", "{} on the demo"), (ctw[1], "0.1", "{} on FineWeb;"), (ctw[1], "0.02", "on FineWeb by {}")):
+        row = found[f"ctw CTW_WEIGHT={weight} CTW_ENTROPY_THRESHOLD=2"]
+        assert words.format(f"{row['diff']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})") in text
+    systems = {row["row"]: row for row in ablate.read_results(ROOT / "logs" / "slot_systems_demo")}
+    assert f"takes {systems['pr1313']['seconds'] / systems['sliding, stride 96']['seconds']:.1f} times as long as sliding" in text
+    assert f"{systems['pr1313']['val_bpb']:.4f}" == f"{systems['hypergradient']['val_bpb']:.4f}"
+    speed = re.findall(r"added time ([\d.]+) times less", (ROOT / "logs" / "slot_speed.txt").read_text())
+    said = re.search(r"own time is ([\d.]+) times less .*? and ([\d.]+) times less .*?; ([\d.]+) times less than the leanest", text).groups()
+    assert list(said) == speed
 
 
 def test_commands_and_settings_in_the_readme_exist():
@@ -70,6 +111,8 @@ def test_commands_and_settings_in_the_readme_exist():
     make = (ROOT / "Makefile").read_text()
     for target in re.findall(r"\bmake ([a-z-]+)", README):
         assert f"\n{target}:" in make
+    for path in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / path).is_file(), path
     for path in re.findall(r"`([\w/.]+\.(?:py|json))`", README):
         assert (ROOT / path).exists() or path.startswith(("metrics", "logs"))
 

@@ -137,8 +137,9 @@ def line_chart(rows, path, title, steps):
         for name, marker in zip(names, itertools.cycle("os^Dvx*")):
             line = [row for row in swept if row["base"] == name and all(row["grid"][k] == v for k, v in panel)]
             x, y = [float(row["grid"][steps]) for row in line], [row["diff"] for row in line]
-            axes.errorbar(x, y, [[r["diff"] - r["low"] for r in line], [r["high"] - r["diff"] for r in line]], marker=marker, ms=8 if marker == "o" else 5, lw=1.4,
-                          capsize=2, color=COLOURS[line[0]["causal"]], ls="-" if line[0]["causal"] else "--", label=name)
+            span = [[row["diff"] - row["low"] for row in line], [row["high"] - row["diff"] for row in line]]
+            axes.errorbar(x, y, span, marker=marker, ms=9 if marker == "o" else 5, mfc="none" if marker == "o" else None, lw=1.4, capsize=2,
+                          color=COLOURS[line[0]["causal"]], ls="-" if line[0]["causal"] else "--", label=name)
         axes.axhline(0, color="black", lw=0.8)
         axes.set(xscale="log", xlabel=steps, title=", ".join(f"{k}={v}" for k, v in panel))
         axes.set_xticks(sorted({float(row["grid"][steps]) for row in swept}), sorted({int(row["grid"][steps]) for row in swept}), minor=False)
