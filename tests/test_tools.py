@@ -101,7 +101,8 @@ def test_ablate_crosses_rows_with_a_grid_and_redraws(made):
     ([], "--artifact and at least one row"), (["--artifact", "x.ptz", "slot"], "LOAD_ARTIFACT=x.ptz"), (["--artifact", "ART", "slott"], "'slott': a row is"),
     (["--artifact", "ART", "slot SLOT_STEPS=0"], "SLOT_STEPS=0"), (["--artifact", "ART", "slot MODEL_DIM=8"], "MODEL_DIM is no setting of evaluation"),
     (["--artifact", "ART", "slot SLOT_STEP=2"], "SLOT_STEP"), (["--artifact", "ART", "--grid", "SEED=1,2", "slot"], "--grid SEED=1,2"),
-    (["--artifact", "ART", "--grid", "EVAL_STRIDE=64", "sliding_window"], "EVAL_STRIDE=64")])
+    (["--artifact", "ART", "--grid", "EVAL_STRIDE=64", "sliding_window"], "EVAL_STRIDE=64"),
+    (["--artifact", "ART", "--grid", "SLOT_STEPS=1,0", "slot"], "--grid SLOT_STEPS=0: allowed: integer, 1 to 1000")])
 def test_ablate_refuses_bad_input_before_it_writes(words, message, made):
     folder, env, artifact = made
     done = tool("ablate", ["--run-id", "bad", *(artifact if w == "ART" else w for w in words)], env, folder)

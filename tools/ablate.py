@@ -28,6 +28,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from scipy import stats  # noqa: E402
 
+import audit  # noqa: E402
 import train_gpt as t  # noqa: E402
 
 EVALUATION = ("SLOT_", "TTT_", "CTW_", "EVAL_STRIDE")
@@ -54,13 +55,21 @@ def parse_row(text, env, base):
     return name or text, label or c.evals[-1], c
 
 
+def grid_value(name, text):
+    """Value of a grid's setting. Raises BadInput."""
+    try:
+        return t.parse_setting(next(s for s in t.SETTINGS if s.name == name), text)
+    except ValueError as why:
+        raise t.BadInput(f"--grid {name}={text}: {why}.") from None
+
+
 def cross(rows, grid):
     """Rows times the grid's values where a row's evaluator reads them."""
     found = []
     for row in rows:
         reads = [g for g in grid if g[0].split("_")[0].lower() in row[1] or g[0].startswith("EVAL_") and row[1] != "roundtrip"]
         for values in itertools.product(*(values for _, values in reads)):
-            changes = {n.lower(): t.parse_setting(next(s for s in t.SETTINGS if s.name == n), v) for (n, _), v in zip(reads, values)}
+            changes = {n.lower(): grid_value(n, v) for (n, _), v in zip(reads, values)}
             name = " ".join([row[0], *(f"{n}={v}" for (n, _), v in zip(reads, values))])
             found.append((name, row[1], t.dataclasses.replace(row[2], **changes), row[0], dict(zip((n for n, _ in reads), values))))
     return found
@@ -208,23 +217,20 @@ def main(argv=None):
         draw(read_results(Path("logs") / args.run_id), Path("logs") / args.run_id, args.title)
         return 0
     try:
-        env = {**os.environ, "RUN_ID": args.run_id, "LOAD_ARTIFACT": args.artifact or ""}
+        env = {**os.environ, "RUN_ID": args.run_id}
         if not args.artifact or not args.rows:
             raise t.BadInput("--artifact and at least one row are needed; see --help.")
         known = {s.name for s in t.SETTINGS if s.name.startswith(EVALUATION)}
         grid = [(g.partition("=")[0], g.partition("=")[2].split(",")) for g in args.grid]
         if [n for n, values in grid if n not in known or not values[0]]:
             raise t.BadInput(f"--grid {' '.join(args.grid)}: write SETTING=A,B with a setting of evaluation.")
-        c, state = t.read_artifact(t.load_config({**env, "EVALS": "none"}))
-        run, rows = t.Run(c), cross([parse_row(text, env, c) for text in args.rows], grid)
+        run, c, model, val = audit.load(args.artifact, {**env, "EVALS": "none"})
+        rows = cross([parse_row(text, env, c) for text in args.rows], grid)
         for _, _, row, *_ in rows:
             problems = t.cross_check(row)
             if problems:
                 raise t.BadInput(" ".join(problems))
-        val, model = t.ValData(c, run), t.GPT(c, run.dtype, t.choose_attention(c.attention, run.device)[1])
-        t.load_state(model, state, f"LOAD_ARTIFACT={args.artifact}")
         run.start(c)
-        model.to(run.device)
         results = ablate(run, model, val, rows)
     except (t.BadInput, t.Fault, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)

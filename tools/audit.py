@@ -203,7 +203,6 @@ def load(artifact, env):
     t.load_state(model, state, f"LOAD_ARTIFACT={artifact}")
     if run.world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if run.cuda else "gloo")
-    run.log = lambda text: None  # no progress lines
     return run, c, model.to(run.device), val
 
 
@@ -227,6 +226,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         run, c, model, val = load(args.artifact, settings_of(args.settings, args.preset))
+        run.log = lambda text: None  # no progress lines
         n = min(val.n, max(args.targets, 2 * c.eval_seq_len) // c.eval_seq_len * c.eval_seq_len)
         c = shrink(c, n)
         reports = [audit(run, model, val.tokens[:n + 1], label, c, args.probes, args.sums) for label in c.evals]
