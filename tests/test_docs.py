@@ -129,3 +129,14 @@ def test_nothing_large_or_private_is_committed():
     if not files:
         pytest.skip("not a git checkout")
     assert not [f for f in files if (ROOT / f).exists() and (ROOT / f).stat().st_size > 1_000_000 or f.endswith((".bin", ".ptz", ".pt", ".model"))]
+
+
+def test_audits_of_the_demo_found_what_was_claimed():
+    logs = {log.stem: log.read_text() for log in (ROOT / "logs").glob("audit_*.txt")}
+    assert set(logs) == {"audit_context", "audit_past", "audit_systems"}
+    for name, text in logs.items():
+        assert "NOT AS CLAIMED" not in text and text.count("exit status 0") == text.count("exit status") > 0
+        verdicts = [line.split() for line in text.splitlines() if line.endswith("as claimed")]
+        if name != "audit_systems":  # 200 probes on one rank and on two
+            assert [row[1:4] for row in verdicts] == [["causal", "causal", "0/200"]] * 2 and "1 rank(s)" in text and "2 rank(s)" in text
+    assert {row[0] for row in verdicts} <= set(t.EVALS)

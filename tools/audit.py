@@ -170,10 +170,10 @@ def audit(run, model, tokens, label, c, count=24, sum_count=1, seed=0):
     # what is learnt from the past has been learnt by then, and later windows of a batch have the place as context.
     T = c.eval_seq_len
     places = [min(n, T + 1 + c.eval_stride // 2 + k) for k in range(sum_count)]
-    off = sums(run, model, tokens[:min(n, 2 * T) + 1], label, dataclasses.replace(c, ttt_chunk_tokens=T), places)
+    off = sums(run, model, tokens[:min(n, 2 * T) + 1], label, dataclasses.replace(c, ttt_chunk_tokens=T), places) if places else None
     ledger = Ledger(c, label, n).watch(run, model, tokens, label) if run.world == 1 else None
     gap, error = floor(run, t.GPT(c, model.dtype, model.attention).to(run.device), c, label, n, rng)
-    broken = ["C1"] * (moved > 0) + ["C2"] * (off > 2e-5)
+    broken = ["C1"] * (moved > 0) + ["C2"] * (off is not None and off > 2e-5)
     if ledger:
         broken += ["C3"] * (ledger.early > 0) + ["C4"] * bool((ledger.count != 1).any())
     claim = t.broken_conditions(c, label)
@@ -188,9 +188,9 @@ def table(reports):
     head = f"{'evaluator':16} {'claim':10} {'found':10} {'C1 moved':>9} {'by nats':>9} {'C2 sum-1':>9} {'C3 early/used':>15} {'floor':>16}  verdict"
     lines = [head, "-" * len(head)]
     for r in reports:
-        early = "-" if r["early"] is None else f"{r['early']}/{r['uses']}"
+        early, off = "-" if r["early"] is None else f"{r['early']}/{r['uses']}", "-" if r["sum_error"] is None else f"{r['sum_error']:.1e}"
         lines.append(f"{r['evaluator']:16} {r['claim'] or 'causal':10} {r['broken'] or 'causal':10} {r['moved']:4}/{r['probes']:<4} "
-                     f"{r['largest']:9.2e} {r['sum_error']:9.1e} {early:>15} {r['gap']:+8.4f}+-{r['gap_error']:.4f}  "
+                     f"{r['largest']:9.2e} {off:>9} {early:>15} {r['gap']:+8.4f}+-{r['gap_error']:.4f}  "
                      f"{'as claimed' if r['ok'] else 'NOT AS CLAIMED'}")
     return lines
 
