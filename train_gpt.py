@@ -836,9 +836,9 @@ def muon_momentum(c, step):
 	"""Muon's momentum, linear from its start."""
 	return c.muon_momentum + (c.muon_momentum_warmup_start - c.muon_momentum) * max(0.0, 1 - step / max(c.muon_momentum_warmup_steps, 1))
 
-def ttt_lr(c, chunk, chunks):
-	"""TTT's rate: cosine from the first chunk to 0 on the last."""
-	return c.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / max(chunks - 1, 1)))
+def cosine(high, low, i, n):
+	"""Rate i of n, by a cosine from high to low, which the last one is."""
+	return low + (high - low) * 0.5 * (1 + math.cos(math.pi * i / max(n - 1, 1)))
 
 class Clock:
 	"""Training time, on all ranks rank 0's, sent round every eighth step (each while they are few or slow or cap_ms is near; 0: none)."""
@@ -1141,7 +1141,7 @@ class Slot(Plain):
 				columns = columns + slot_gradient(z, targets[r], share, shift, c.logit_softcap)
 			g = torch.cat((columns @ weight, columns), -1) if c.slot_bias else columns @ weight
 			moved, last = moved + c.slot_hyper_lr * (g * last).sum(-1, keepdim=True), g
-			rate = low + (c.slot_lr - low) * 0.5 * (1 + math.cos(math.pi * step / max(c.slot_steps - 1, 1))) + moved
+			rate = cosine(c.slot_lr, low, step, c.slot_steps) + moved
 			value, m, v, count = state
 			count += 1
 			m.lerp_(g, 0.1)
@@ -1305,7 +1305,8 @@ def score(run, model, val, jobs):
 	Raises Fault unless each target was scored once (C4)."""
 	(label, c), T, names, began = jobs[0], jobs[0][1].eval_seq_len, "+".join(dict.fromkeys(job[0] for job in jobs)), perf_counter()
 	methods = [METHODS.get(label.split("_")[-1], Plain)(config, run, model, val) for label, config in jobs]
-	size = c.slot_batch_seqs if "slot" in names else max(1, c.val_batch_size // (T * run.world))
+	sizes = {config.slot_batch_seqs for name, config in jobs if name.endswith("slot")} or {max(1, c.val_batch_size // (T * run.world))}
+	size, = sizes  # one for all jobs
 	starts, firsts = plan_windows(val.n, T, T if label == "roundtrip" else c.eval_stride)
 	ttt, shown = label.startswith("ttt"), began
 	chunk = (starts + firsts) // (c.ttt_chunk_tokens if ttt or "ctw" in names else val.n)  # that of its first scored target
@@ -1327,7 +1328,7 @@ def score(run, model, val, jobs):
 				method.learn(end)
 				spent[k] += perf_counter()
 			if ttt:
-				trainer.train(val.tokens, begin, end, ttt_lr(c, i, chunks), c.ttt_epochs)
+				trainer.train(val.tokens, begin, end, cosine(c.ttt_lr, 0, i, chunks), c.ttt_epochs)
 	run.sum(out)
 	if not bool((out[-1] == 1).all()):
 		raise Fault(f"{names}: {int((out[-1] != 1).sum())} of {val.n} targets were not scored exactly once")
@@ -1358,10 +1359,9 @@ def evaluate(c, run, model, val, weights, labels):
 def train_on_validation(c, run, model, val):
 	"""Pre-quantisation TTT (#1488): AdamW on tokens before they are scored."""
 	trainer = ChunkTrainer(c, run, model, functools.partial(torch.optim.AdamW, weight_decay=0.0), c.prequant_ttt_freeze_blocks)
-	began, last = perf_counter(), max(c.prequant_ttt_epochs - 1, 1)
+	began, rate = perf_counter(), c.prequant_ttt_lr
 	for epoch in range(c.prequant_ttt_epochs):
-		rate = c.prequant_ttt_lr * (0.55 + 0.45 * math.cos(math.pi * epoch / last))
-		trainer.train(val.tokens, 0, val.n, rate, 1)
+		trainer.train(val.tokens, 0, val.n, cosine(rate, rate / 10, epoch, c.prequant_ttt_epochs), 1)
 		run.log(f"prequant_ttt:epoch {epoch + 1}/{c.prequant_ttt_epochs} seconds:{perf_counter() - began:.1f}")
 	model.zero_grad(set_to_none=True)
 

@@ -66,22 +66,35 @@ def test_audit_refuses_bad_input_with_one_message(words, message, made):
 
 def test_ablate_gives_what_runs_of_the_script_give(made):
     folder, env, artifact = made
-    rows = ["sliding_window", "ttt", "mine=slot SLOT_DELTA=window SLOT_LOSS=context SLOT_STEPS=5", "pr1313 EVAL_STRIDE=8", "roundtrip"]
+    rows = ["sliding_window", "ttt", "mine=slot SLOT_DELTA=window SLOT_LOSS=context SLOT_STEPS=5", "pr1313 EVAL_STRIDE=8", "roundtrip",
+            "eight=slot SLOT_BATCH_SEQS=8", "two=slot SLOT_BATCH_SEQS=2"]
     done = tool("ablate", ["--artifact", artifact, "--run-id", "rows", "--title", "a", *rows], env, folder)
     assert done.returncode == 0, done.stderr
     found = {row["row"]: row for row in ablate.read_results(folder / "logs" / "rows")}
-    assert list(found) == ["sliding_window", "ttt", "mine", "pr1313 EVAL_STRIDE=8", "roundtrip"]
-    alone = {"sliding_window": {}, "ttt": {}, "slot": dict(SLOT_DELTA="window", SLOT_LOSS="context", SLOT_STEPS="5")}
-    for (label, more), name in zip(alone.items(), found):
-        run = process({**env, "LOAD_ARTIFACT": artifact, "RUN_ID": f"alone_{label}", "EVALS": label, **more}, folder)
+    assert list(found) == ["sliding_window", "ttt", "mine", "pr1313 EVAL_STRIDE=8", "roundtrip", "eight", "two"]
+    alone = {"sliding_window": ("sliding_window", {}), "ttt": ("ttt", {}), "eight": ("slot", dict(SLOT_BATCH_SEQS="8")),
+             "two": ("slot", dict(SLOT_BATCH_SEQS="2")), "mine": ("slot", dict(SLOT_DELTA="window", SLOT_LOSS="context", SLOT_STEPS="5"))}
+    for name, (label, more) in alone.items():
+        run = process({**env, "LOAD_ARTIFACT": artifact, "RUN_ID": f"alone_{name}", "EVALS": label, **more}, folder)
         assert run.returncode == 0, run.stderr
         assert float(re.search(rf"final_int6_{label} val_loss:(\S+)", run.stdout)[1]) == pytest.approx(found[name]["val_loss"], abs=1e-6)
-    assert [row["causal"] for row in found.values()] == [True, True, True, False, True]
+    assert [row["causal"] for row in found.values()] == [True, True, True, False, True, False, False]
+    assert abs(found["eight"]["val_loss"] - found["two"]["val_loss"]) > 1e-5
     assert found["pr1313 EVAL_STRIDE=8"]["diff"] == pytest.approx(found["pr1313 EVAL_STRIDE=8"]["val_bpb"] - found["sliding_window"]["val_bpb"])
     assert (folder / "logs/rows/ablate.png").stat().st_size > 10_000
-    assert "| mine |" in done.stdout and (folder / "logs/rows.txt").read_text().count("\nablate_") == 5
+    assert "| mine |" in done.stdout and (folder / "logs/rows.txt").read_text().count("\nablate_") == 7
     again = tool("ablate", ["--artifact", artifact, "--run-id", "rows", "sliding_window"], env, folder)
     assert again.returncode == 2 and "RUN_ID=rows" in again.stderr
+
+
+def test_ablate_on_two_ranks_gives_the_same_and_writes_once(made):
+    folder, env, artifact = made
+    for ranks in (0, 2):
+        done = tool("ablate", ["--artifact", artifact, "--run-id", f"ranks{ranks}", "sliding_window", "slot SLOT_LOSS=past"], env, folder, ranks)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("| slot SLOT_LOSS=past |") == 1
+    one, two = ([row["val_loss"] for row in ablate.read_results(folder / "logs" / f"ranks{ranks}")] for ranks in (0, 2))
+    assert one == pytest.approx(two, abs=1e-6)
 
 
 def test_ablate_crosses_rows_with_a_grid_and_redraws(made):

@@ -77,8 +77,7 @@ def test_momentum_and_ttt_rate():
     c = t.load_config({})
     assert t.muon_momentum(c, 0) == pytest.approx(0.92) and t.muon_momentum(c, 750) == pytest.approx(0.955)
     assert t.muon_momentum(c, 1500) == t.muon_momentum(c, 9000) == pytest.approx(0.99)
-    assert t.ttt_lr(c, 0, 5) == c.ttt_lr and t.ttt_lr(c, 2, 5) == pytest.approx(c.ttt_lr / 2) and t.ttt_lr(c, 4, 5) == pytest.approx(0)
-    assert t.ttt_lr(c, 0, 1) == c.ttt_lr
+    assert [t.cosine(4, 1, i, 5) for i in (0, 2, 4)] == pytest.approx([4, 2.5, 1]) and t.cosine(4, 1, 0, 1) == 4
 
 
 def test_averages_are_what_they_are_called():

@@ -95,7 +95,7 @@ def interval(nats, other, doc, size):
 
 def score_rows(run, model, val, rows):
     """[(nats [N] fp64, seconds)] of rows; those with equal windows and training share a pass."""
-    kept, passes, found = [p.detach().clone() for p in model.parameters()], {}, [None] * len(rows)
+    passes, found = {}, [None] * len(rows)
     for k, (_, label, c, *_) in enumerate(rows):
         shared = {n: v for n, v in vars(c).items() if n.startswith(("ttt_", "eval_s", "val_batch"))}
         batch = c.slot_batch_seqs if label.endswith("slot") else None
@@ -104,10 +104,10 @@ def score_rows(run, model, val, rows):
         members = passes.pop(same, []) if same else []
         passes[key, batch if same is None or same[1] is None else same[1]] = [*members, k]
     for members in passes.values():
-        for k, result in zip(members, t.score(run, model, val, [rows[k][1:3] for k in members])):
-            found[k] = result[0].double().cpu().numpy(), result[1]
-        with torch.no_grad():
-            torch._foreach_copy_(list(model.parameters()), kept)
+        with t.put_back(model.parameters()):
+            results = t.score(run, model, val, [rows[k][1:3] for k in members])
+        for k, (nats, seconds) in zip(members, results):
+            found[k] = nats.double().cpu().numpy(), seconds
     return found
 
 
@@ -235,14 +235,17 @@ def main(argv=None):
     except (t.BadInput, t.Fault, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    with open(run.folder / "ablate.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, results[0])
-        writer.writeheader()
-        writer.writerows({**row, "grid": " ".join(f"{k}={v}" for k, v in row["grid"].items())} for row in results)
-    draw(results, run.folder, args.title or args.run_id)
-    print("\n".join(table(results)))
+    if run.rank == 0:
+        with open(run.folder / "ablate.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, results[0])
+            writer.writeheader()
+            writer.writerows({**row, "grid": " ".join(f"{k}={v}" for k, v in row["grid"].items())} for row in results)
+        draw(results, run.folder, args.title or args.run_id)
+        print("\n".join(table(results)), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # at once: taking gloo down can abort a rank

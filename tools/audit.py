@@ -42,11 +42,8 @@ class Stream:
 
 def score(run, model, tokens, label, c):
     """Nats [n] fp32 of a stream; the model's weights are as before."""
-    kept = [p.detach().clone() for p in model.parameters()]
-    nats = t.score(run, model, Stream(tokens), [(label, c)])[0][0].cpu()
-    with torch.no_grad():
-        torch._foreach_copy_(list(model.parameters()), kept)
-    return nats
+    with t.put_back(model.parameters()):
+        return t.score(run, model, Stream(tokens), [(label, c)])[0][0].cpu()
 
 
 def shrink(c, targets):
