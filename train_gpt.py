@@ -1,29 +1,17 @@
 """Parameter Golf, the SLOT record (pull request #1084), in one file: train, average, quantise, evaluate.
 
-A GPT of 11 layers learns web text in ten minutes on 8 GPUs. Its weights are averaged, quantised to six bits, compressed to under
-16,000,000 bytes with this file, read back, and scored by evaluators that each say whether they are causal.
+A GPT of 11 layers learns web text in ten minutes on 8 GPUs. What it exports, with this file, is under 16,000,000 bytes.
 
   torchrun --standalone --nproc_per_node=8 train_gpt.py     the record run, #1084's; =1 on one GPU, with gradient accumulation
   PRESET=pr1313 torchrun ... train_gpt.py                   another published system
   PRESET=demo python train_gpt.py                           a small run for a CPU (make demo builds its data)
   LOAD_ARTIFACT=logs/ID/final_model.int6.ptz ...            no training: evaluate an artifact
+  RUN_ID=... RESUME=1 torchrun ... train_gpt.py              go on with a run that was stopped or killed
   python train_gpt.py --help                                every setting, an environment variable each
-
-"The lineage" is the scripts of #549, #1084 and #1313. Shapes: B batch, T sequence, D model dim, V vocabulary, L layers, H query
-heads, K key/value heads, R scored rows, N targets, W ranks. Indented by tabs: bytes count.
+"The lineage" is the scripts of #549, #1084 and #1313. Shapes: B batch, T sequence, D model dim, V vocabulary, L layers, H query heads,
+K key/value heads, R scored rows, N targets, W ranks. Tabs indent, and small functions stand together: bytes and lines count.
 """
-import contextlib
-import dataclasses
-import difflib
-import functools
-import hashlib
-import json
-import lzma
-import math
-import os
-import re
-import struct
-import sys
+import contextlib, dataclasses, difflib, fcntl, functools, hashlib, json, lzma, math, os, re, signal, sys
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -32,18 +20,18 @@ from time import perf_counter, sleep, strftime
 
 # ---------- settings
 # One table is parser, bounds check and help text. It stands before the import of torch, for which --help must not wait.
-
 class BadInput(Exception):
 	"""Unusable setting or file: exit status 2."""
-
 class Fault(Exception):
 	"""What went wrong on the way. Exit status 1."""
-
-EVALS = ("roundtrip", "sliding_window", "ttt", "ttt_slot", "slot", "ttt_ctw", "ctw")
-Setting = namedtuple("Setting", "name kind default low high text")
+def refuse(wrong, message, error=BadInput):
+	"""Raise error(message) if wrong."""
+	if wrong:
+		raise error(message)
+EVALS, Setting = "roundtrip sliding_window ttt ttt_slot slot ttt_ctw ctw".split(), namedtuple("Setting", "name kind default low high text")
 DEFAULT_BOUNDS = {"int": ("0", "1e9"), "ints": ("0", "1e9"), "float": ("0", "100")}  # of a setting that names none
-SETTINGS = [Setting(name, kind, default, *((low, high) if low else DEFAULT_BOUNDS.get(kind, "--")), text) for name, kind, default, low, high, text in
-	re.findall(r"^(\S+) (\S+) (\S+) (?:([-\d.e]+) ([-\d.e]+) )?(.+)$", """\
+SETTINGS = [Setting(name, kind, default, *((low, high) if low else DEFAULT_BOUNDS.get(kind, "--")), text)
+	for names, kind, defaults, low, high, text in re.findall(r"^(\S+) (\S+) (\S+) (?:([-\d.e]+) ([-\d.e]+) )?(.+)$", """\
 PRESET preset pr1084 Defaults of a published system, or demo: a small run for a CPU.
 RUN_ID str - Names the log and folder in logs/, new; empty: date, time, seed.
 SEED int 1337 0 2147483647 Seed of initial weights and data order.
@@ -52,6 +40,8 @@ COMPILE auto|0|1 auto torch.compile; auto: on a GPU.
 ATTENTION auto|fa3|fa4|sdpa auto FlashAttention-3, -4 or torch's SDPA; auto: the first there is.
 LOAD_ARTIFACT str - Evaluate this artifact, ours or the lineage's, without training.
 EVALS evals auto Comma list, or none; auto: roundtrip, sliding_window and what TTT, SLOT and CTW ask for.
+SAVE_EVERY int 500 Steps between checkpoints; 0: at the end and on a signal.
+RESUME bool 0 Go on with RUN_ID from its last checkpoint.
 SAVE_NLL bool 0 Write nll_<evaluator>.npy: float64 nats of each target in stream order.
 DATA_PATH str ./data/datasets/fineweb10B_sp1024 Folder of fineweb_train_*.bin and fineweb_val_*.bin.
 TOKENIZER_PATH str ./data/tokenizers/fineweb_1024_bpe.model Its SentencePiece model.
@@ -67,8 +57,7 @@ TRAIN_SEQ_LEN int 2048 2 1e6 Tokens of a training sequence.
 VOCAB_SIZE int 1024 2 65536 Vocabulary; must be the tokenizer's.
 NUM_LAYERS int 11 1 1000 Transformer blocks.
 MODEL_DIM int 512 2 65536 Width of the residual stream.
-NUM_HEADS int 8 1 1024 Query heads.
-NUM_KV_HEADS int 4 1 1024 Key/value heads; must divide NUM_HEADS.
+NUM_HEADS|NUM_KV_HEADS int 8|4 1 1024 Query heads, a multiple of the key/value heads.
 MLP_MULT float 3 0.01 64 MLP width over MODEL_DIM.
 TIE_EMBEDDINGS bool 1 The token embedding is the output head too.
 LOGIT_SOFTCAP float 30 0.01 1000 Logits are cap * tanh(z / cap).
@@ -86,23 +75,17 @@ PREQUANT_TTT_ENABLED bool 0 Train on validation tokens before quantising (#1488)
 BIGRAM_VOCAB_SIZE int 1536 0 16777216 Buckets of the bigram hash embedding; 0: none.
 BIGRAM_DIM int 128 1 65536 Width of its table.
 VE_ENABLED bool 1 Value embedding (VE), added to values.
-VE_DIM int 128 1 65536 Width of that table.
+VE_DIM int 128 1 65536 Width of its table.
 VE_LAYERS ints 9,10 Layers, from 0, that get it.
 TIED_EMBED_INIT_STD float 0.005 0 10 Its initial deviation, if tied.
 QK_GAIN_INIT float 1.5 Initial gain of a query head.
 MATRIX_LR float 0.025 Muon's rate, for the matrices.
-TIED_EMBED_LR float 0.035 AdamW's for tied embeddings.
-EMBED_LR float 0.6 AdamW's for untied ones.
-HEAD_LR float 0.008 AdamW's for an untied head.
-SCALAR_LR float 0.025 AdamW's for the rest.
-MUON_MOMENTUM float 0.99 0 0.99999 Muon's Nesterov momentum.
-MUON_MOMENTUM_WARMUP_START float 0.92 0 0.99999 Its value at the first step.
+TIED_EMBED_LR|EMBED_LR|HEAD_LR|SCALAR_LR float 0.035|0.6|0.008|0.025 AdamW's rate for tied embeddings, untied ones, an untied head, the rest.
+MUON_MOMENTUM|MUON_MOMENTUM_WARMUP_START float 0.99|0.92 0 0.99999 Muon's Nesterov momentum, in the end and at first.
 MUON_MOMENTUM_WARMUP_STEPS int 1500 Steps from there to MUON_MOMENTUM.
 MUON_BACKEND_STEPS int 5 1 100 Newton-Schulz steps.
-MUON_WD float 0.04 Muon's decoupled weight decay.
-ADAM_WD float 0.04 AdamW's weight decay.
-BETA1 float 0.9 0 0.99999 AdamW's beta 1.
-BETA2 float 0.95 0 0.99999 AdamW's beta 2.
+MUON_WD|ADAM_WD float 0.04|0.04 Decoupled weight decay of Muon, of AdamW.
+BETA1|BETA2 float 0.9|0.95 0 0.99999 AdamW's betas.
 ADAM_EPS float 1e-8 1e-30 1 AdamW's epsilon.
 GRAD_CLIP_NORM float 0.3 0 1e9 Cap on the reduced gradient's norm; 0: none.
 EMA_ENABLED bool 1 Moving average of the weights, a candidate for the export.
@@ -114,14 +97,13 @@ LATE_QAT_THRESHOLD float 0.15 0 1 Factor on rates under which it is on.
 ARTIFACT_BYTES int 16000000 1000 1e12 Cap on artifact plus code; the int6 step widens to fit.
 PREQUANT_TTT_LR float 0.00045 AdamW's rate, cosine to a tenth.
 PREQUANT_TTT_EPOCHS int 10 1 1000 Passes over the validation tokens.
-PREQUANT_TTT_FREEZE_BLOCKS int 1 First blocks it leaves alone.
+PREQUANT_TTT_FREEZE_BLOCKS|TTT_FREEZE_BLOCKS int 1|0 First blocks that it leaves alone.
 EVAL_SEQ_LEN int 2048 2 1e6 Tokens of an evaluation window.
 EVAL_STRIDE int 64 1 1e6 Targets that a sliding window adds.
 TTT_ENABLED bool 1 Score-first test-time training (TTT).
 TTT_LR float 0.002 SGD's rate, cosine to 0 over chunks.
 TTT_EPOCHS int 3 Passes over a scored chunk.
 TTT_CHUNK_TOKENS int 32768 1 2e9 Targets of a chunk, after which TTT and CTW learn.
-TTT_FREEZE_BLOCKS int 0 First blocks it leaves alone.
 TTT_MOMENTUM float 0.9 0 0.99999 SGD momentum.
 TTT_BATCH_SEQS int 32 1 1e6 Sequences of a step over all ranks.
 TTT_GRAD_CLIP float 1 0 1e9 Cap on the gradient's norm; 0: none.
@@ -137,26 +119,21 @@ SLOT_BATCH_SEQS int 32 1 1e6 Consecutive windows of a batch.
 CTW_WEIGHT float 0 0 1 Weight of context tree weighting (CTW) at the entropy ln V, in proportion below; 0: off.
 CTW_DEPTH int 4 0 64 Tokens of its longest context.
 CTW_ENTROPY_THRESHOLD float 2 Nats of entropy above which it is mixed in.
-""", re.M)]
+""", re.M) for name, default in zip(names.split("|"), defaults.split("|") if "|" in names else [defaults])]
 # what differs from #1084; sizes as in the published logs
 PRESETS = {line.split()[0]: dict(word.split("=") for word in line.split()[1:]) for line in """\
-pr549 SLOT_ENABLED=0
-pr1084
-pr1150 BIGRAM_VOCAB_SIZE=2048 ITERATIONS=20000 SLOT_STEPS=5 SLOT_LR=0.003
-pr1303 +1313 EVAL_STRIDE=64 SLOT_STEPS=16 SLOT_LR=0.008 SLOT_LR_MIN=0.0008
-pr1313 +1313
-pr1488 +1313 QK_GAIN_INIT=5.25 PREQUANT_TTT_ENABLED=1
-slot28 +1313 SLOT_STEPS=28
-slot32 +1313 SLOT_STEPS=32 SLOT_LR=0.015
-slot48 +1313 SLOT_STEPS=48
+pr1084; pr549 SLOT_ENABLED=0
+pr1150 BIGRAM_VOCAB_SIZE=2048 ITERATIONS=20000 SLOT_STEPS=5 SLOT_LR=0.003; pr1303 +1313 EVAL_STRIDE=64 SLOT_STEPS=16 SLOT_LR=0.008 SLOT_LR_MIN=0.0008
+pr1313 +1313; pr1488 +1313 QK_GAIN_INIT=5.25 PREQUANT_TTT_ENABLED=1
+slot28 +1313 SLOT_STEPS=28; slot32 +1313 SLOT_STEPS=32 SLOT_LR=0.015; slot48 +1313 SLOT_STEPS=48
 hypergradient +1313 SLOT_HYPER_LR=1e-5
 demo DATA_PATH=./data/datasets/demo_sp1024 TOKENIZER_PATH=./data/tokenizers/demo_1024_bpe.model EVALS=roundtrip,sliding_window,ttt,ttt_slot \
 NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 VE_LAYERS=2,3 VE_DIM=32 XSA_LAST_N=2 BIGRAM_VOCAB_SIZE=4096 BIGRAM_DIM=32 \
 TRAIN_SEQ_LEN=256 EVAL_SEQ_LEN=256 TRAIN_BATCH_TOKENS=4096 VAL_BATCH_SIZE=8192 ITERATIONS=400 WARMDOWN_ITERS=160 \
-MAX_WALLCLOCK_SECONDS=150 VAL_LOSS_EVERY=200 TRAIN_LOG_EVERY=5 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_STEPS=100 MATRIX_LR=0.04 \
+MAX_WALLCLOCK_SECONDS=150 VAL_LOSS_EVERY=200 TRAIN_LOG_EVERY=5 SAVE_EVERY=50 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_STEPS=100 MATRIX_LR=0.04 \
 SWA_EVERY=5 TTT_CHUNK_TOKENS=8192 TTT_LR=0.006
 """.replace("+1313", "ITERATIONS=20000 XSA_LAST_N=11 VRL_ENABLED=1 QK_GAIN_INIT=4 BIGRAM_VOCAB_SIZE=1024 TTT_ENABLED=0 EVAL_STRIDE=96 "
-	"SLOT_DELTA=window SLOT_BIAS=1 SLOT_LOSS=scored SLOT_STEPS=24 SLOT_LR=0.012 SLOT_LR_MIN=0.001").splitlines()}
+	"SLOT_DELTA=window SLOT_BIAS=1 SLOT_LOSS=scored SLOT_STEPS=24 SLOT_LR=0.012 SLOT_LR_MIN=0.001").replace("; ", "\n").splitlines()}
 NAMES = [s.name for s in SETTINGS]
 MODEL_SETTINGS = NAMES[NAMES.index("TRAIN_SEQ_LEN"):NAMES.index("VE_LAYERS") + 1]  # an artifact carries them
 # an unknown variable that begins like this is a misspelt setting, or the lineage's
@@ -170,21 +147,18 @@ def parse_setting(s, text):
 		return "" if text == "-" else text
 	choices = {"bool": "0|1|false|true", "preset": "|".join(PRESETS)}.get(s.kind, s.kind)
 	if "|" in choices:
-		if text.lower() not in choices.split("|"):
-			raise ValueError("allowed: " + choices.replace("|", ", "))
+		refuse(text.lower() not in choices.split("|"), "allowed: " + choices.replace("|", ", "), ValueError)
 		return text.lower() in ("1", "true") if s.kind == "bool" else text.lower()
 	words = [w for w in text.split(",") if w.strip("-")] if s.kind in ("ints", "evals") else [text]
 	if s.kind == "evals":
-		if set(words) - set(EVALS) and words not in (["auto"], ["none"]):
-			raise ValueError("allowed: auto, none, or a comma list of " + ", ".join(EVALS))
+		refuse(set(words) - {*EVALS} and words not in (["auto"], ["none"]), "allowed: auto, none, or a comma list of " + ", ".join(EVALS), ValueError)
 		return tuple(dict.fromkeys(words))
 	try:
 		values = tuple(map(float if s.kind == "float" else int, words))
 	except ValueError:
 		values = (math.nan,)
-	if not all(float(s.low) <= v <= float(s.high) for v in values):  # nan fails too
-		what = {"ints": "comma list of integers", "int": "integer", "float": "number"}[s.kind]
-		raise ValueError(f"allowed: {what}, {s.low} to {s.high}")
+	what = {"ints": "comma list of integers", "int": "integer", "float": "number"}[s.kind]
+	refuse(not all(float(s.low) <= v <= float(s.high) for v in values), f"allowed: {what}, {s.low} to {s.high}", ValueError)  # nan fails too
 	return values if s.kind == "ints" else values[0]
 
 def load_config(env):
@@ -204,16 +178,13 @@ def load_config(env):
 			values[s.name.lower()] = parse_setting(s, s.default)
 	c = Config(**values, explicit=frozenset(n for n in values if n.upper() in env))
 	problems += cross_check(c)
-	if problems:
-		raise BadInput("\n".join(problems))
+	refuse(problems, "\n".join(problems))
 	last = "_".join(["ttt"] * c.ttt_enabled + ["slot"] * c.slot_enabled + ["ctw"] * (c.ctw_weight > 0))
 	auto = ("roundtrip", "sliding_window") + ((last,) if last else ())
 	return dataclasses.replace(c, evals={("auto",): auto, ("none",): ()}.get(c.evals, c.evals))
-
 def shown(value):
 	"""A setting's value as one would give it."""
-	return ",".join(map(str, value)) if isinstance(value, tuple) else str(int(value) if isinstance(value, bool) else value)
-
+	return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(int(value) if isinstance(value, bool) else value)
 def cross_check(c):
 	"""Problems between settings that are each valid alone."""
 	get, window, head_dim = (lambda name: getattr(c, name.lower())), c.eval_seq_len, c.model_dim // c.num_heads
@@ -226,6 +197,7 @@ def cross_check(c):
 		(c.slot_enabled and c.slot_loss == "context" and c.eval_stride == window, "SLOT_LOSS", f"EVAL_STRIDE={window}, the window, leaves no context"),
 		(c.slot_hyper_lr and not c.slot_enabled, "SLOT_HYPER_LR", "needs SLOT_ENABLED=1"),
 		(c.slot_enabled and c.ctw_weight and c.evals == ("auto",), "CTW_WEIGHT", "no evaluator has SLOT and CTW; set SLOT_ENABLED=0, or EVALS"),
+		(c.resume and not c.run_id, "RESUME", "needs the RUN_ID to go on with"),
 		(c.run_id and not re.fullmatch(r"\w[\w.-]*", c.run_id, re.A), "RUN_ID", "only letters, digits and . _ -, since files are named by it"),
 		*((not on and word in words, "EVALS", f"{off} leaves out {word}; change either") for word, on, off in (
 		("ttt", c.ttt_enabled, "TTT_ENABLED=0"), ("slot", c.slot_enabled, "SLOT_ENABLED=0"), ("ctw", c.ctw_weight, "CTW_WEIGHT=0"))),
@@ -238,7 +210,6 @@ def cross_check(c):
 		"XSA_LAST_N NUM_LAYERS", "TTT_FREEZE_BLOCKS NUM_LAYERS", "PREQUANT_TTT_FREEZE_BLOCKS NUM_LAYERS"))),
 	]
 	return [f"{name}={shown(get(name))}: {text}." for wrong, name, text in rules if wrong]
-
 def help_text():
 	"""The --help page."""
 	lines = [__doc__, "Settings: NAME=default (kind, lowest to highest)"]
@@ -247,20 +218,66 @@ def help_text():
 		lines += [f"  {s.name}={'' if s.default == '-' else s.default} ({s.kind}{bounds})", f"      {s.text}"]
 	lines += ["Evaluators: " + ", ".join(EVALS), "Presets:"]
 	return "\n".join(lines + [f"  {name}: " + " ".join(f"{k}={v}" for k, v in values.items()) for name, values in PRESETS.items()])
-
 if __name__ == "__main__" and {"--help", "-h"} & set(sys.argv[1:]):
-	print(help_text())
-	sys.exit(0)
+	sys.exit(print(help_text()))
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
 
-# ---------- ranks and log
-# Only rank 0 writes. metric() does so to the console, logs/RUN_ID.txt and, unrounded, logs/RUN_ID/metrics.jsonl.
+# ---------- files
+# An artifact, checkpoint or progress file: magic with a version (8 bytes), SHA-256 of the rest (32), then, in an artifact under LZMA:
+# uint32 length of a JSON header that ends in "tensors": [[name, dtype, shape], ...], the header, those tensors. Reading runs no code.
+MAGIC, EXPANSION = b"PGSLOT\x02\n", 64  # what comes out of LZMA is at most so many times what went in
+DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.int8, torch.half, torch.float, torch.double)}
+def seal(header, tensors, compress=None):
+	"""A file, as a list of bytes-likes, of a JSON header and CPU tensors by name."""
+	table = [[name, str(t.dtype)[6:], list(t.shape)] for name, t in tensors.items()]
+	head, digest = json.dumps({**header, "tensors": table}).encode(), hashlib.sha256()
+	parts = [len(head).to_bytes(4, "little"), head, *(t.reshape(-1).view(torch.uint8).numpy() for t in tensors.values())]
+	parts = [compress(b"".join(parts))] if compress else parts
+	for part in parts:
+		digest.update(part)
+	return [MAGIC, digest.digest(), *parts]
+def expand(data):
+	"""Raw bytes of an LZMA stream. Raises ValueError or LZMAError."""
+	decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**27)
+	raw = decoder.decompress(data, EXPANSION * len(data) + 2**16)
+	refuse(not decoder.eof or decoder.unused_data, f"its LZMA is cut off, followed by something, or grows over {EXPANSION} times", ValueError)
+	return bytearray(raw)
+def unseal(data, expand=memoryview):
+	"""(header, tensors by name, views) of a file's bytes. Raises ValueError, or others of what reads them."""
+	refuse(data[:8] != MAGIC or hashlib.sha256(memoryview(data)[40:]).digest() != data[8:40], "wrong checksum", ValueError)
+	body, tensors = expand(memoryview(data)[40:]), {}
+	at = 4 + int.from_bytes(body[:4], "little")
+	header = json.loads(bytes(body[4:at]))
+	for name, dtype, shape in header["tensors"]:
+		n = math.prod(shape)
+		refuse(name in tensors or n < 1, f"tensor {name} is empty or there twice", ValueError)
+		tensors[name] = torch.frombuffer(body, dtype=DTYPES[dtype], count=n, offset=at).view(shape)
+		at += n * DTYPES[dtype].itemsize
+	refuse(at != len(body), f"{len(body) - at} bytes too many", ValueError)
+	return header, tensors
+def write_file(path, parts):
+	"""Write a file that is whole or not there, the old one staying until then. Raises Fault."""
+	part = path.with_name(path.name + ".part")
+	try:
+		with open(part, "wb") as file:
+			file.writelines(parts)
+			file.flush()
+			os.fsync(file.fileno())
+		part.replace(path)
+	except OSError as why:
+		part.unlink(missing_ok=True)
+		raise Fault(f"{path}: {why.strerror}: not written, older files kept; make room, then RUN_ID={path.parent.name} RESUME=1.") from None
 
+# ---------- ranks, log, what a run goes on from
+# Only rank 0 writes. metric() does so to the console, logs/RUN_ID.txt and, unrounded, logs/RUN_ID/metrics.jsonl.
+STOPS = []  # signals that came: (number, time)
+def on_signal(number, frame):
+	"""The first ends the run where it can go on from; another does at once. torchrun passes on what a terminal has sent already."""
+	if STOPS and ("TORCHELASTIC_RUN_ID" not in os.environ or perf_counter() - STOPS[0][1] > 1):
+		os._exit(128 + number)
+	STOPS.append((number, perf_counter()))
 FORMATS = {"train_time": "{:.0f}ms", "eval_time": "{:.0f}ms", "step_avg": "{:.2f}ms", "seconds": "{:.1f}"}
 
 class Run:
@@ -269,121 +286,183 @@ class Run:
 		self.rank, self.world, local, neighbours = (int(os.environ.get(name, default)) for name, default in (
 			("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
 		self.cuda = c.device != "cpu" and torch.cuda.is_available()
-		if c.device == "cuda" and not self.cuda:
-			raise BadInput("DEVICE=cuda: torch sees no GPU; allowed here: cpu or auto.")
-		self.device = torch.device("cuda", local) if self.cuda else torch.device("cpu")
-		self.dtype = torch.bfloat16 if self.cuda else torch.float32
+		refuse(c.device == "cuda" and not self.cuda, "DEVICE=cuda: torch sees no GPU; allowed here: cpu or auto.")
+		self.device, self.dtype = (torch.device("cuda", local), torch.bfloat16) if self.cuda else (torch.device("cpu"), torch.float32)
 		self.compile = c.compile == "1" or c.compile == "auto" and self.cuda
-		self.labels, self.files, self.name = set(), [], c.run_id or strftime("%Y%m%d_%H%M%S") + f"_seed{c.seed}"
-		self.folder = Path("logs") / self.name
+		self.labels, self.files, self.rows, self.name = set(), [], {}, c.run_id or strftime("%Y%m%d_%H%M%S") + f"_seed{c.seed}"
+		self.pool = ThreadPoolExecutor(1)
+		self.saving = self.pool.submit(int)  # what a thread writes
+		self.settings, self.one_node = {name: getattr(c, name.lower()) for name in NAMES}, neighbours == self.world
+		self.settings["code_sha256"], self.folder = hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), Path("logs") / self.name
+		self.synchronize = torch.cuda.synchronize if self.cuda else lambda: None  # before a clock is read
 		if self.cuda:
 			torch.cuda.set_device(self.device)
 			torch.set_float32_matmul_precision("high")
 		elif neighbours > 1:  # torchrun gives each process one thread
 			torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
-
 	def start(self, c):
-		"""Open the log, source and settings on top. Raises BadInput unless RUN_ID is new."""
-		if self.rank:
-			return
-		path = self.folder.with_name(self.name + ".txt")
-		if path.exists() or self.folder.exists():
-			raise BadInput(f"RUN_ID={self.name}: exists in logs/; choose another.")
+		"""Open the logs, or go on with them; meet the other ranks. Raises BadInput unless RUN_ID is new, or RESUME=1 and settings as then."""
+		restarts, count = (int(os.environ.get("TORCHELASTIC_" + word, 0)) for word in ("MAX_RESTARTS", "RESTART_COUNT"))
+		refuse(restarts and not c.run_id, "RUN_ID=: torchrun --max-restarts needs one, to go on with.")
+		if self.rank == 0:
+			self.open(c.resume or restarts)
+		if self.world > 1 and not dist.is_initialized():  # torchrun keeps its store, where dead ranks' addresses are
+			store = dist.PrefixStore(str(count * self.one_node), next(dist.rendezvous("env://"))[0])
+			dist.init_process_group("nccl" if self.cuda else "gloo", store=store, rank=self.rank, world_size=self.world)
+		self.rows = json.loads(self.share(json.dumps(self.rows).encode()))
+	def open(self, resume):
+		"""Open the two logs, the first with source and settings on top. Only whole lines count."""
+		paths = self.folder.with_name(self.name + ".txt"), self.folder / "metrics.jsonl"
+		refuse(not resume and (paths[0].exists() or self.folder.exists()),
+			f"RUN_ID={self.name}: exists in logs/; choose another, or RESUME=1 to go on with it.")
 		try:
-			self.folder.mkdir(parents=True)
-			self.files = [open(path, "x", buffering=1), open(self.folder / "metrics.jsonl", "x", buffering=1)]
-		except OSError as why:
-			raise BadInput(f"RUN_ID={self.name}: {why}; run where logs/ can be made.") from None
-		settings = {name: getattr(c, name.lower()) for name in NAMES}
-		self.files[0].write(f"{Path(__file__).read_text()}\n{'=' * 100}\nsettings: {' '.join(f'{k}={shown(v)}' for k, v in settings.items())}\n")
-		self.files[1].write(json.dumps({"label": "settings", **settings}) + "\n")
+			self.folder.mkdir(parents=True, exist_ok=True)
+			self.files = [open(path, "a", buffering=1) for path in paths]
+			fcntl.flock(self.files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+			for part in self.folder.glob("*.part"):
+				part.unlink()
+			for path, file in zip(paths, self.files):
+				file.truncate(path.read_bytes().rfind(b"\n") + 1)
+			rows = [*map(json.loads, paths[1].read_text().splitlines())]
+		except BlockingIOError:
+			raise BadInput(f"RUN_ID={self.name}: is still running; stop it first, or choose another.") from None
+		except (OSError, ValueError) as why:
+			raise BadInput(f"RUN_ID={self.name}: {why}; run where logs/ can be made, or choose another.") from None
+		if rows:
+			self.rows = {row["label"]: row for row in rows}
+			self.check_settings(rows[0], f"RUN_ID={self.name}")
+		else:
+			words = " ".join(f"{name}={shown(self.settings[name])}" for name in NAMES)
+			self.write(0, f"{Path(__file__).read_text()}\n{'=' * 100}\nsettings: {words}")
+			self.write(1, json.dumps({"label": "settings", **self.settings}))
 		where = torch.cuda.get_device_name() if self.cuda else f"cpu threads:{torch.get_num_threads()}"
-		self.log(f"log:{path}\npython:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__} device:{where} "
+		self.log(f"log:{paths[0]}\npython:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__} device:{where} "
 			f"dtype:{self.dtype} world_size:{self.world} compile:{int(self.compile)}")
-
+	def check_settings(self, there, where):
+		"""Raises BadInput naming the settings that were others there."""
+		wrong = [f"{name}={shown(value)} (there {shown(there.get(name))})" for name, value in self.settings.items()
+			if shown(there.get(name)) != shown(value) and name not in ("RESUME", "SAVE_EVERY")]
+		refuse(wrong, f"{where}: was begun with other settings: {' '.join(wrong)}. Set them as they were, or choose another RUN_ID.")
+	def write(self, i, text):
+		"""Add a line to log i. Raises Fault."""
+		for file in self.files[i:i + 1]:
+			try:
+				file.write(text + "\n")
+			except OSError as why:
+				self.files = []  # this can still be said on the console
+				raise Fault(f"{file.name}: the log cannot grow: {why.strerror}; make room, then RUN_ID={self.name} RESUME=1.") from None
 	def log(self, text):
 		"""Print and log a line, on rank 0."""
 		if self.rank == 0:
-			print(text, flush=True)
-			for file in self.files[:1]:
-				file.write(text + "\n")
-
+			with contextlib.suppress(OSError):  # a terminal that has gone
+				print(text, flush=True)
+			self.write(0, text)
 	def metric(self, label, digits=8, **fields):
 		"""One labelled line of figures; the same ones twice are an error."""
-		if (label, *fields) in self.labels:
-			raise Fault(f"label {label} logged twice")
+		refuse((label, *fields) in self.labels, f"label {label} logged twice", Fault)
 		self.labels.add((label, *fields))
 		words = [label]
 		for key, value in fields.items():
 			style = FORMATS.get(key, f"{{:.{digits}f}}" if isinstance(value, float) else "{}")
 			words.append(f"{key}:" + (("no", "yes")[value] if isinstance(value, bool) else style.format(value)))
 		self.log(" ".join(words))
-		for file in self.files[1:]:
-			file.write(json.dumps({"label": label, **fields}) + "\n")
-
-	def synchronize(self):
-		"""Wait for the GPU, before a clock is read."""
-		if self.cuda:
-			torch.cuda.synchronize()
-
+		self.write(1, json.dumps({"label": label, **fields}))
+		self.rows[label] = fields
 	def sum(self, tensor):
 		"""Sum over ranks, in place; returns the tensor."""
 		if self.world > 1:
 			dist.all_reduce(tensor)
 		return tensor
+	def share(self, data):
+		"""Rank 0's bytes, on all ranks."""
+		if self.world > 1:
+			size = self.sum(torch.tensor(len(data) * (self.rank == 0), device=self.device)).item()
+			whole = torch.zeros(size, dtype=torch.uint8, device=self.device)
+			if self.rank == 0 and size:
+				whole.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+			dist.broadcast(whole, 0)
+			data = bytearray(whole.cpu().numpy())
+		return data
+	def ask(self, value):
+		"""(rank 0's value, whether a signal has come to any rank), for all ranks."""
+		pair = torch.tensor([value if self.rank == 0 else 0.0, len(STOPS)], dtype=torch.float64, device=self.device)
+		value, stops = self.sum(pair).tolist()
+		return value, stops > 0
+	def saved(self, kind):
+		"""Paths of a kind, oldest first."""
+		return sorted(self.folder.glob(kind + ".*.ckpt"))
+	def save(self, kind, number, tensors):
+		"""Write tensors, as they are now, in the background, keeping the file before. Raises Fault if the last time failed."""
+		self.saving.result()
+		if self.rank == 0:
+			for old in self.saved(kind)[:-1]:
+				old.unlink()
+			path, tensors = self.folder / f"{kind}.{number:09d}.ckpt", {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+			self.saving = self.pool.submit(lambda: write_file(path, seal({"settings": self.settings}, tensors)))
+	def restore(self, kind):
+		"""Tensors of the newest whole file of a kind, for all ranks; {} if there is none. Raises BadInput."""
+		data, paths = b"", self.saved(kind) if self.rank == 0 else []
+		for path in reversed(paths):
+			try:
+				data = bytearray(path.read_bytes())
+				there = unseal(data)[0]["settings"]
+				break
+			except Exception as why:  # damage makes the readers raise all sorts
+				self.log(f"{path}: damaged: {why}")
+				data = b""
+		refuse(paths and not data, f"RUN_ID={self.name}: no {kind} of it is whole; choose another RUN_ID.")
+		if data:
+			self.check_settings(there, path)
+			self.log(f"resuming from {path}")
+		data = self.share(data)
+		return unseal(data)[1] if data else {}
+	def stop(self):
+		"""End all ranks after a signal."""
+		self.saving.result()
+		self.log(f"stopped by a signal; all that was done is in {self.folder}; RUN_ID={self.name} RESUME=1 goes on")
+		sys.exit(128 + (STOPS[0][0] if STOPS else signal.SIGTERM))
 
 # ---------- shards and loader
 # A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then uint16 tokens. All are checked at the start.
-
-SHARD_MAGIC, SHARD_VERSION = 20240520, 1
-SCAN_LIMIT = 2**29  # bytes of a split up to which all token ids are checked at the start
-
+SHARD_START, SCAN_LIMIT = [20240520, 1], 2**29  # bytes of a split up to which all token ids are checked at the start
 def open_shard(path, vocab_size, scan):
 	"""Memory map [n] uint16 of a shard; scan: check ids too. Raises BadInput."""
 	size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
-	if len(header) < 256 or header[:2].tolist() != [SHARD_MAGIC, SHARD_VERSION]:
-		raise BadInput(f"{path}: {size} bytes, starts {header[:2].tolist()}; a shard has 1024 bytes of header and starts with magic "
-			f"{SHARD_MAGIC}, version {SHARD_VERSION}. Make it with data/prepare.py.")
+	refuse(len(header) < 256 or header[:2].tolist() != SHARD_START, f"{path}: {size} bytes, starts {header[:2].tolist()}; a shard has 1024 bytes "
+		f"of header and starts with magic and version {SHARD_START}. Make it with data/prepare.py.")
 	n = int(header[2])
-	if n < 1 or size != 1024 + 2 * n:
-		raise BadInput(f"{path}: the header says {n} tokens, the file has {size} bytes; it must be 1024 + 2 a token. Make it again.")
+	refuse(n < 1 or size != 1024 + 2 * n, f"{path}: the header says {n} tokens, the file has {size} bytes; it must be 1024 + 2 a token. Make it again.")
 	tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(n,))
 	if scan:
 		check_ids(tokens, path, vocab_size)
 	return tokens
-
 def check_ids(tokens, where, vocab_size):
 	"""Raises BadInput for an id outside the vocabulary."""
-	if int(tokens.max()) >= vocab_size:
-		at = int(np.argmax(tokens.ravel() >= vocab_size))
+	for at in np.flatnonzero(tokens >= vocab_size)[:1]:
 		raise BadInput(f"{where}: token id {int(tokens.ravel()[at])} at position {at}; VOCAB_SIZE={vocab_size} allows 0 to {vocab_size - 1}. "
 			"Use the tokenizer of these shards.")
-
 def open_split(c, split):
 	"""A split's shards in order of name, checked."""
 	paths = sorted(Path(c.data_path).glob(f"fineweb_{split}_*.bin"))
-	if not paths:
-		raise BadInput(f"DATA_PATH={c.data_path}: no fineweb_{split}_*.bin there; run make fineweb (or make demo) or set DATA_PATH.")
+	refuse(not paths, f"DATA_PATH={c.data_path}: no fineweb_{split}_*.bin there; run make fineweb (or make demo) or set DATA_PATH.")
 	scan = split == "val" or sum(p.stat().st_size for p in paths) <= SCAN_LIMIT
 	return [open_shard(p, c.vocab_size, scan) for p in paths]
-
 @functools.lru_cache(maxsize=8)
 def permutation(seed, epoch, part, n):
 	"""Random order [n] of part 0 (shards) or 1 + shard (its sequences)."""
 	return np.random.default_rng((seed, epoch, part)).permutation(n)
 
 class TrainData:
-	"""Training sequences; the i-th is a function of (SEED, i). An epoch visits shards and their sequences, cut anew, in a new order.
-	Up to 1 %, the last of the longest shard, is held out to compare averages. Raises BadInput."""
+	"""Training sequences; the i-th is a function of (SEED, i). An epoch visits shards and their sequences, cut anew, in a new order. Up to
+	1 %, the end of the longest shard, is held out to compare averages. Raises BadInput."""
 	def __init__(self, c, run):
 		self.c, self.run, self.T, self.shards = c, run, c.train_seq_len, open_split(c, "train")
 		total, long, self.pool = sum(map(len, self.shards)), int(np.argmax([len(s) for s in self.shards])), ThreadPoolExecutor(1)
 		keep = max(1, min(total // 100, 262144) // self.T) * self.T + 1
 		self.held_out, self.shards[long] = np.array(self.shards[long][-keep:]), self.shards[long][:-keep]
 		self.counts = [max(0, (len(s) - 1) // self.T - 1) for s in self.shards]  # one less: room for the cut to move
-		if not sum(self.counts) or len(self.held_out) < keep:
-			raise BadInput(f"DATA_PATH={c.data_path}: {total} training tokens are too few for TRAIN_SEQ_LEN={self.T}; give {5 * self.T}.")
-
+		refuse(not sum(self.counts) or len(self.held_out) < keep,
+			f"DATA_PATH={c.data_path}: {total} training tokens are too few for TRAIN_SEQ_LEN={self.T}; give {5 * self.T}.")
 	def sequence(self, i):
 		"""Tokens [T+1] of sequence i of the run."""
 		epoch, i = divmod(i, sum(self.counts))
@@ -392,9 +471,13 @@ class TrainData:
 				break
 			i -= self.counts[shard]
 		order = permutation(self.c.seed, epoch, 1 + shard, self.counts[shard])
-		start = int(order[0]) % self.T + int(order[i]) * self.T
-		return self.shards[shard][start:start + self.T + 1]
-
+		start, path = int(order[0]) % self.T + int(order[i]) * self.T, self.shards[shard].filename
+		try:  # not the map, through which a file that shrinks kills the process
+			tokens = np.fromfile(path, "<u2", self.T + 1, offset=1024 + 2 * start)
+		except OSError as why:
+			raise Fault(f"{path}: {why.strerror}; bring it back, then RESUME=1.") from None
+		refuse(len(tokens) <= self.T, f"{path}: has shrunk since the start; bring it back, then RESUME=1.", Fault)
+		return tokens
 	def load(self, step):
 		"""This rank's tokens of a step [sequences, T+1]."""
 		count = self.c.train_batch_tokens // self.T
@@ -402,9 +485,7 @@ class TrainData:
 		first = step * count + self.run.rank * mine
 		rows = np.stack([self.sequence(i) for i in range(first, first + mine)]).astype(np.int64)
 		check_ids(rows, f"DATA_PATH={self.c.data_path}, step {step}", self.c.vocab_size)
-		rows = torch.from_numpy(rows)
-		return rows.pin_memory() if self.run.cuda else rows
-
+		return torch.from_numpy(rows).pin_memory() if self.run.cuda else torch.from_numpy(rows)
 	def batches(self, step=0):
 		"""Endless (inputs, targets) [sequences, T]; a thread reads ahead."""
 		ahead = self.pool.submit(self.load, step)
@@ -414,55 +495,45 @@ class TrainData:
 			yield rows[:, :-1], rows[:, 1:]
 
 # ---------- byte counts, the only place where bytes are counted
-
 class ByteCounts:
 	"""UTF-8 bytes of a target by the challenge's rule: a piece's, its leading space only after no boundary (control, unknown, unused);
 	a byte token 1, a boundary 0. Tables are [V]. Raises BadInput if the model does not fit."""
 	def __init__(self, path, vocab_size):
 		import sentencepiece
 		where, path, sp = f"TOKENIZER_PATH={path}", Path(path), sentencepiece.SentencePieceProcessor()
-		if not path.is_file():
-			raise BadInput(f"{where}: no such file; run make fineweb (or make demo) or set TOKENIZER_PATH.")
-		if path.name == "fineweb_1024_bpe.model" and path.stat().st_size == 253847:
-			raise BadInput(f"{where}: 253,847 bytes is a lookalike that decodes the official shards to garbage; run make fineweb.")
+		refuse(not path.is_file(), f"{where}: no such file; run make fineweb (or make demo) or set TOKENIZER_PATH.")
+		refuse(path.name == "fineweb_1024_bpe.model" and path.stat().st_size == 253847,
+			f"{where}: 253,847 bytes is a lookalike that decodes the official shards to garbage; run make fineweb.")
 		try:
 			sp.Load(str(path))
 		except (RuntimeError, OSError) as why:
 			raise BadInput(f"{where}: not a SentencePiece model ({str(why)[:80]}); give that of the shards.") from None
-		if sp.vocab_size() != vocab_size:
-			raise BadInput(f"{where}: has {sp.vocab_size()} pieces, VOCAB_SIZE={vocab_size}; they must be equal.")
+		refuse(sp.vocab_size() != vocab_size, f"{where}: has {sp.vocab_size()} pieces, VOCAB_SIZE={vocab_size}; they must be equal.")
 		self.boundary, self.space, self.size = (np.zeros(vocab_size, t) for t in (bool, bool, np.uint8))
 		for i in range(vocab_size):
-			if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
-				self.boundary[i] = True
-				continue
-			piece = sp.id_to_piece(i).replace("\u2581", " ")
-			self.space[i] = piece.startswith(" ")
-			self.size[i] = 1 if sp.is_byte(i) else len(piece.encode()) - self.space[i]
-
+			piece, self.boundary[i] = sp.id_to_piece(i).replace("\u2581", " "), sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
+			if not self.boundary[i]:
+				self.space[i] = piece.startswith(" ")
+				self.size[i] = 1 if sp.is_byte(i) else len(piece.encode()) - self.space[i]
 	def count(self, previous, targets):
 		"""Bytes [n] uint8 of targets [n] after previous ids [n]."""
 		return self.size[targets] + (self.space[targets] & ~self.boundary[previous])
 
 class ValData:
-	"""The validation stream: tokens [N+1] on the device, bytes [N] of targets, N a multiple of EVAL_SEQ_LEN as in the challenge. Raises
-	BadInput if it is empty."""
+	"""Validation tokens [N+1] on the device, bytes [N] of targets, N a multiple of EVAL_SEQ_LEN as in the challenge. Raises BadInput."""
 	def __init__(self, c, run):
 		tokens = np.concatenate(open_split(c, "val"))
 		self.n = (len(tokens) - 1) // c.eval_seq_len * c.eval_seq_len
 		self.dropped, tokens = len(tokens) - 1 - self.n, tokens[:self.n + 1]
 		self.bytes = ByteCounts(c.tokenizer_path, c.vocab_size).count(tokens[:-1], tokens[1:])
 		self.total_bytes = int(self.bytes.sum(dtype=np.int64))
-		if not self.total_bytes:
-			raise BadInput(f"DATA_PATH={c.data_path}: the validation split, {len(tokens) + self.dropped} tokens, has no text for a window of "
-				f"EVAL_SEQ_LEN={c.eval_seq_len}; use more text or a shorter window.")
+		refuse(not self.total_bytes, f"DATA_PATH={c.data_path}: the validation split, {len(tokens) + self.dropped} tokens, has no text for a "
+			f"window of EVAL_SEQ_LEN={c.eval_seq_len}; use more text or a shorter window.")
 		self.tokens = torch.from_numpy(tokens.astype(np.int64)).to(run.device)
 
 # ---------- model
 # One trunk, hidden(), for every use. Parameters are fp32, cast where used: no optimiser works on bf16 weights.
-
-# A bank holds one kind of matrix of all layers, for Muon to orthogonalise in one batch, shared out over the first axis. Bank -> a
-# layer's matrices; first one of them for all layers, then the next.
+# Bank -> a layer's matrices, one of them for all layers, then the next. Muon orthogonalises a bank in one batch, shared out over ranks.
 BANKS = {"qo_bank": ("attn.c_q", "attn.proj"), "kv_bank": ("attn.c_k", "attn.c_v"), "mlp_up_bank": ("mlp.fc",),
 	"mlp_down_bank": ("mlp.proj",)}
 # name pattern (@: a block), init rule, optimiser group, export format; every tensor, of a bank every matrix, fits one row
@@ -483,49 +554,38 @@ smear\.gate|@attn\.attn_gate\.weight  fill 0  scalar  fp32
 @attn\.attn_gate\.bias  fill 4  scalar  fp32
 @(attn\.c_[qkv]|mlp\.fc)\.weight  orthogonal  muon  int6
 @(attn|mlp)\.proj\.weight  fill 0  muon  int6""".split("\n")[1:]]
-
 def parameter_rule(name):
 	"""(init, group, format) of a tensor. Raises Fault unless one row of PARAMETERS fits."""
 	rows = [row[1:] for row in PARAMETERS if row[0].fullmatch(name)]
-	if len(rows) != 1:
-		raise Fault(f"parameter {name} fits {len(rows)} rows of PARAMETERS, not one")
+	refuse(len(rows) != 1, f"parameter {name} fits {len(rows)} rows of PARAMETERS, not one", Fault)
 	return rows[0]
-
 def matrix_names(name, num_layers):
 	"""Names of a bank's matrices, in order; of another tensor, its own."""
 	return [f"blocks.{i}.{part}.weight" for part in BANKS[name] for i in range(num_layers)] if name in BANKS else [name]
-
 def split_banks(state, num_layers):
 	"""State dict with banks as views of their matrices."""
 	return {n: t for name, whole in state.items()
 		for n, t in zip(matrix_names(name, num_layers), whole if name in BANKS else [whole])}
-
 def choose_attention(wanted, device):
 	"""(name, causal function of q [B,T,H,d] and k, v [B,T,K,d]). Raises BadInput."""
 	def sdpa(q, k, v):
 		q, k, v = (t.transpose(1, 2) for t in (q, k, v))
 		return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
-
 	def flash(q, k, v):
 		out = function(q, k, v, causal=True)
 		return out[0] if isinstance(out, tuple) else out  # some return the log-sum-exp too
-
 	for name, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute")):
 		if wanted == name or wanted == "auto" and device.type != "cpu":
 			try:
-				if device.type == "cpu":
-					raise ImportError("it needs a GPU")
+				refuse(device.type == "cpu", "it needs a GPU", ImportError)
 				function = __import__(module, fromlist=["flash_attn_func"]).flash_attn_func
 				return name, flash
 			except (ImportError, AttributeError) as why:
-				if wanted == name:
-					raise BadInput(f"ATTENTION={name}: {module}: {why}; allowed here: auto or sdpa.") from None
+				refuse(wanted == name, f"ATTENTION={name}: {module}: {why}; allowed here: auto or sdpa.")
 	return "sdpa", sdpa
-
 def rms_norm(x):
 	"""x over its root mean square, by the last axis."""
 	return F.rms_norm(x, (x.size(-1),))
-
 def rotate(x, cos, sin):
 	"""RoPE of the first 2r dimensions of x [B,T,heads,d]; cos, sin [T,1,r]."""
 	r = cos.size(-1)
@@ -539,7 +599,6 @@ class LowRankEmbedding(nn.Module):
 		self.embed = nn.Embedding(num, dim)
 		self.proj = nn.Linear(dim, out, bias=False) if dim != out else None
 		self.scale = nn.Parameter(torch.empty(()))
-
 	def forward(self, ids, dtype):
 		"""[B,T] ids -> [B,T,out]."""
 		x = self.embed(ids).to(dtype)
@@ -549,8 +608,7 @@ class Block(nn.Module):
 	"""A layer's vectors, for each pass if it recurs, and arithmetic."""
 	def __init__(self, c, index):
 		super().__init__()
-		D, passes = c.model_dim, (2,) * (index in c.recur_layers)
-		self.attn = nn.Module()
+		self.attn, D, passes = nn.Module(), c.model_dim, (2,) * (index in c.recur_layers)
 		self.attn.q_gain = nn.Parameter(torch.empty(c.num_heads))
 		self.attn_scale, self.mlp_scale = (nn.Parameter(torch.empty(*passes, D)) for _ in range(2))
 		self.resid_mix = nn.Parameter(torch.empty(*passes, 2, D))
@@ -559,7 +617,6 @@ class Block(nn.Module):
 		self.attn.attn_gate = nn.Linear(D, c.num_heads) if c.gated_attention else None
 		self.heads, self.kv_heads, self.exclusive = c.num_heads, c.num_kv_heads, index >= c.num_layers - c.xsa_last_n
 		self.norm_scale = 1 / math.sqrt(index + 1) if c.ln_scale else 1.0
-
 	def forward(self, x, x0, weights, value_extra, v_first, rope, attention, again):
 		"""([B,T,D], values) of x and embedded x0 [B,T,D]; v_first: layer 0's values; again: 1 on a second pass."""
 		w_q, w_o, w_k, w_v, w_up, w_down = weights
@@ -570,7 +627,6 @@ class Block(nn.Module):
 		x = x + attn_scale * F.linear(a, w_o)
 		h = F.leaky_relu(F.linear(rms_norm(x) * self.norm_scale, w_up), 0.5).square()
 		return x + mlp_scale * F.linear(h, w_down), v
-
 	def values(self, v, v_first):
 		"""Value residual: values mixed with layer 0's, None there."""
 		v_first = v if v_first is None else v_first
@@ -578,7 +634,6 @@ class Block(nn.Module):
 			first, own = self.attn.vr_lambda.to(v.dtype)
 			return first * v_first + own * v
 		return v if self.attn.vrl_gate is None else v.lerp(v_first, self.attn.vrl_gate.sigmoid().to(v.dtype))
-
 	def attend(self, x, w_q, w_k, w_v, value_extra, v_first, rope, attention):
 		"""(attention of x [B,T,D] with QK-norm, partial RoPE and XSA, values [B,T,K*d] before mixing)."""
 		B, T, _ = x.shape
@@ -619,8 +674,8 @@ class GPT(nn.Module):
 		angles = torch.outer(positions, base ** (-torch.arange(0, rot, 2).double() / rot)).unsqueeze(1)  # [T,1,rot/2]
 		for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
 			self.register_buffer(name, table.to(dtype), persistent=False)
-		self.reset_parameters()
-
+		if not self.cos.is_meta:
+			self.reset_parameters()
 	@torch.no_grad()
 	def reset_parameters(self):
 		"""Initial values by the rows of PARAMETERS, a function of SEED alone."""
@@ -636,7 +691,6 @@ class GPT(nn.Module):
 				p.copy_(torch.tensor([1.0, 0.0])[:, None])
 			else:  # fill, q_gain
 				p.fill_(float(number or self.c.qk_gain_init))
-
 	def hidden(self, ids):
 		"""[B,T] ids -> final normalised hidden states [B,T,D]."""
 		c, T, L = self.c, ids.size(1), self.c.num_layers
@@ -664,7 +718,6 @@ class GPT(nn.Module):
 			if i < L // 2 and not again:
 				skips.append(x)
 		return rms_norm(x)
-
 	@torch.no_grad()
 	def start_recurrence(self):
 		"""Let recurrent layers run twice, first with equal vectors."""
@@ -672,19 +725,15 @@ class GPT(nn.Module):
 		for i in self.c.recur_layers:
 			for name in ("resid_mix", "attn_scale", "mlp_scale"):
 				getattr(self.blocks[i], name)[1] = getattr(self.blocks[i], name)[0]
-
 	def head_weight(self):
 		"""Output matrix [V,D], fp32."""
 		return self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
-
 	def project(self, h):
 		"""Hidden states [...,D] -> logits before the cap [...,V], fp32."""
 		return F.linear(h, self.head_weight().to(h.dtype)).float()
-
 	def cap(self, z):
 		"""Soft cap on logits."""
 		return self.c.logit_softcap * torch.tanh(z / self.c.logit_softcap)
-
 	def forward(self, ids, targets, reduction="mean", trunk=None):
 		"""Cross entropy of targets [B,T] (-100: none) after ids [B,T]; trunk: instead of hidden."""
 		logits = self.cap(self.project((trunk or self.hidden)(ids)))
@@ -692,10 +741,8 @@ class GPT(nn.Module):
 
 # ---------- optimiser
 # Muon for the banks, AdamW for the rest. A rank gets the gradient of its share of each bank, orthogonalises it and hands it out.
-
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 ALL_GATHER = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-
 def newton_schulz(g, steps, dtype):
 	"""g [n,rows,cols] with singular values near 1 (Muon, Jordan et al. 2024)."""
 	tall = g.size(-2) > g.size(-1)
@@ -705,13 +752,11 @@ def newton_schulz(g, steps, dtype):
 		gram = x @ x.mT
 		x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
 	return x.mT if tall else x
-
 def sum_over_ranks(run, tensors):
 	"""Sum tensors over ranks, in place and in one message."""
 	if run.world > 1:
 		flat = run.sum(torch.cat([t.reshape(-1) for t in tensors]))
 		torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)])
-
 @contextlib.contextmanager
 def put_back(params):
 	"""What is done to params inside is undone at its end."""
@@ -735,12 +780,12 @@ class Optimizer:
 		self.small = [p for group in self.adam.param_groups for p in group["params"]]
 		self.shares = [-(-len(p) // run.world) for p in self.banks]  # matrices on a rank; the last ones are padding
 		self.momentum = [torch.zeros(n, *p.shape[1:], device=p.device) for n, p in zip(self.shares, self.banks)]
-
+		self.adam.state.update({p: {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+			for p in self.small})
 	def reduce(self, loss):
 		"""This rank's share of the banks' mean gradients; the others and loss become means."""
 		missing = [tuple(p.shape) for p in self.banks + self.small if p.grad is None]
-		if missing:
-			raise Fault(f"no gradient for parameters of shapes {missing}")
+		refuse(missing, f"no gradient for parameters of shapes {missing}", Fault)
 		if self.run.world == 1:
 			return [p.grad for p in self.banks]
 		W, pending = self.run.world, []
@@ -754,12 +799,16 @@ class Optimizer:
 		for _, work, _ in pending:
 			work.wait()
 		return [share for share, _, _ in pending]
-
+	def gather(self, share):
+		"""(pending work or None, bank) of all ranks' shares; the bank is padded."""
+		if self.run.world == 1:
+			return None, share
+		whole = share.new_empty(len(share) * self.run.world, *share.shape[1:])
+		return ALL_GATHER(whole, share.contiguous(), async_op=True), whole
 	@torch.no_grad()
 	def step(self, loss, scale, momentum):
 		"""Norm of the reduced gradient, after an update with rates times scale."""
-		c, shares, pending = self.c, self.reduce(loss), []
-		small = [p.grad for p in self.small]
+		c, shares, pending, small = self.c, self.reduce(loss), [], [p.grad for p in self.small]
 		# fp64: the number of ranks must not show in fp32
 		squares = [torch.stack(torch._foreach_norm(g, 2, torch.float64)).square().sum() for g in (shares, small)]
 		norm = (self.run.sum(squares[0]) + squares[1]).sqrt().float()
@@ -768,11 +817,7 @@ class Optimizer:
 		for g, buffer in zip(shares, self.momentum):
 			buffer.mul_(momentum).add_(g)
 			g.add_(buffer, alpha=momentum)
-			update, work = newton_schulz(g, c.muon_backend_steps, torch.bfloat16 if self.run.cuda else torch.float32), None
-			if self.run.world > 1:
-				whole = update.new_empty(len(update) * self.run.world, *update.shape[1:])
-				work, update = ALL_GATHER(whole, update.contiguous(), async_op=True), whole
-			pending.append((work, update))
+			pending.append(self.gather(newton_schulz(g, c.muon_backend_steps, torch.bfloat16 if self.run.cuda else torch.float32)))
 		for group in self.adam.param_groups:
 			group["lr"] = group["rate"] * scale
 		self.adam.step()  # while the gathers run
@@ -785,13 +830,11 @@ class Optimizer:
 
 # ---------- averages
 # Candidates for the export; the lowest loss on held-out training text decides.
-
 class Averages:
 	"""EMA and SWA of params, fp32, as lists in their order."""
 	def __init__(self, c, params):
-		self.c, self.params, self.steps, self.snapshots, self.swa = c, list(params), 0, 0, None
-		self.ema = [p.detach().clone() for p in self.params] if c.ema_enabled else None
-
+		self.c, self.params, self.steps, self.snapshots = c, list(params), 0, 0
+		self.ema, self.swa = ([p.detach().clone() for p in self.params] if on else [] for on in (c.ema_enabled, c.swa_enabled))
 	@torch.no_grad()
 	def update(self, scale):
 		"""Take in the weights after a step at this rate scale."""
@@ -801,18 +844,14 @@ class Averages:
 			torch._foreach_lerp_(self.ema, self.params, 1 - min(c.ema_decay, (1 + n) / (10 + n)))
 		if c.swa_enabled and scale < 0.2 and n % c.swa_every == 0:
 			self.snapshots += 1
-			self.swa = self.swa or [p.detach().clone() for p in self.params]
 			torch._foreach_lerp_(self.swa, self.params, 1 / self.snapshots)
-
 	@torch.no_grad()
 	def choose(self, run, model, data):
 		"""Put the best candidate into the model; log all."""
 		tokens, losses = torch.from_numpy(data.held_out.astype(np.int64)).to(run.device), {}
 		inputs, targets = (t.view(-1, data.T).split(8)[run.rank::run.world] for t in (tokens[:-1], tokens[1:]))
-		found = {"raw": [p.detach().clone() for p in self.params], "ema": self.ema, "swa": self.swa}
-		for name, weights in found.items():
-			if not weights:
-				continue
+		found = {"raw": [p.detach().clone() for p in self.params], "ema": self.ema, "swa": self.swa if self.snapshots else []}
+		for name, weights in ((name, weights) for name, weights in found.items() if weights):
 			torch._foreach_copy_(self.params, weights)
 			total = torch.zeros((), device=run.device, dtype=torch.float64)
 			for ids, goal in zip(inputs, targets):  # plain trunk: no compiling on the clock
@@ -824,56 +863,43 @@ class Averages:
 		run.log(f"average: exporting {best} swa_snapshots:{self.snapshots}")
 
 # ---------- schedules and clock
-
 def lr_scale(c, step, elapsed_ms, step_ms):
 	"""Factor on rates: 1, then linearly to 0 over WARMDOWN_ITERS before the nearer end, of steps or time."""
 	scale = min(1.0, (c.iterations - step) / max(c.warmdown_iters, 1))
 	if c.max_wallclock_seconds and step_ms and c.warmdown_iters:
 		scale = min(scale, max(0.0, 1000 * c.max_wallclock_seconds - elapsed_ms) / (c.warmdown_iters * step_ms))
 	return scale
-
 def muon_momentum(c, step):
 	"""Muon's momentum, linear from its start."""
 	return c.muon_momentum + (c.muon_momentum_warmup_start - c.muon_momentum) * max(0.0, 1 - step / max(c.muon_momentum_warmup_steps, 1))
-
 def cosine(high, low, i, n):
 	"""Rate i of n, by a cosine from high to low, which the last one is."""
 	return low + (high - low) * 0.5 * (1 + math.cos(math.pi * i / max(n - 1, 1)))
 
 class Clock:
 	"""Training time, on all ranks rank 0's, sent round every eighth step (each while they are few or slow or cap_ms is near; 0: none)."""
-	def __init__(self, run, cap_ms):
+	def __init__(self, run, cap_ms, step=0, ms=0.0):
 		run.synchronize()
-		self.run, self.cap_ms, self.began, self.base, self.step_ms = run, cap_ms, perf_counter(), (0, 0.0), 0.0
-
+		self.run, self.cap_ms, self.began, self.base, self.step_ms = run, cap_ms, perf_counter() - ms / 1000, (step, ms), ms / max(step, 1)
 	def now(self):
 		"""This rank's training time in ms."""
 		self.run.synchronize()
 		return 1000 * (perf_counter() - self.began)
-
 	def agreed(self, step):
-		"""(training time in ms before this step, whether just read)."""
-		guess = self.base[1] + (step - self.base[0]) * self.step_ms
+		"""(training time in ms before this step, whether just read, whether to stop)."""
+		guess, stop = self.base[1] + (step - self.base[0]) * self.step_ms, False
 		fresh = step < 10 or step % 8 == 0 or self.step_ms > 500 or 0 < self.cap_ms < guess + 50 * self.step_ms
-		if fresh:
-			ms = torch.tensor(self.now(), dtype=torch.float64, device=self.run.device)
-			if self.run.world > 1:
-				dist.broadcast(ms, 0)
-			guess = ms.item()
+		if fresh or STOPS and self.run.world == 1:
+			guess, stop = self.run.ask(self.now())
 			self.base, self.step_ms = (step, guess), guess / max(step, 1)
-		return guess, fresh
+		return guess, fresh, stop
 
 # ---------- artifact
-# magic (8 bytes), raw size (uint64), SHA-256 of the rest (32), LZMA of the raw bytes: uint32 length of a JSON header {"format",
-# "model": settings, "tensors": [[name, kind, shape], ...]}, the header, then in that order all int8 levels, their fp16 scales (one a
-# row), fp16 tensors, fp32 tensors. Loading runs no code.
-
-MAGIC, RAW_LIMIT = b"PGSLOT\x01\n", 2**31
-KINDS, LEVELS = ("int6", "int8", "fp16", "fp32"), {"int6": 31, "int8": 127}
-PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+# The header has "model", its settings, and "quantisation". The tensors are int8 levels, NAME.q, their fp16 scales, NAME.scale, one a row,
+# then fp16 and fp32 ones.
+KINDS, LEVELS, PERCENTILES = ("int6", "int8", "fp16", "fp32"), {"int6": 31, "int8": 127}, (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 # weights do not repeat: one literal context and a short search do as well as preset 6 in half the time
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=0, pb=0, mf=lzma.MF_HC4, depth=1, nice_len=32)]
-
 def row_scales(w, levels):
 	"""Scales [...,rows,1], fp16 values in fp32, of w by GPTQ-lite (#549): of five percentiles of |w| in a row the clip of least error."""
 	last = w.size(-1) - 1
@@ -885,7 +911,6 @@ def row_scales(w, levels):
 		scales.append((clip / levels).clamp(2.0**-24, 65504.0).half().float())
 		errors.append((w - code_levels(w, scales[-1], levels).mul_(scales[-1])).square_().sum(-1, keepdim=True))
 	return torch.stack(scales).gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
-
 def code_levels(w, scale, levels):
 	"""Integer levels, as floats, of w."""
 	return (w / scale).round_().clamp_(-levels, levels)
@@ -897,11 +922,9 @@ class Quantizer:
 		self.kinds = {name: parameter_rule(name)[2] for name in self.state}
 		self.scales = {n: row_scales(self.state[n], LEVELS[k]) for n, k in self.kinds.items() if k in LEVELS}
 		self.counts = {k: sum(t.numel() for n, t in self.state.items() if self.kinds[n] == k) for k in KINDS}
-
 	def scale(self, name, step_floor):
 		"""fp16 row scales of a matrix; the floor binds int6 only."""
 		return self.scales[name].clamp_min(step_floor if self.kinds[name] == "int6" else 0).half()
-
 	def estimate(self, step_floor):
 		"""Bytes of levels and scales by the entropy of 64 rows of each matrix."""
 		total = 0.0
@@ -913,7 +936,6 @@ class Quantizer:
 				p = torch.bincount(q.flatten().int() + 128).double() / q.numel()
 				total += 2 * len(w) - (p * p.clamp_min(1e-12).log2()).sum().item() * w.numel() / 8
 		return total
-
 	def fit(self, cap):
 		"""(artifact of at most cap bytes, step floor): 0 if that fits, else one that lands within 0.2 % of cap. Raises Fault."""
 		best, ratio = None, 1.03
@@ -929,137 +951,83 @@ class Quantizer:
 			if best and (best[1] == 0 or len(best[0]) > 0.998 * cap):
 				return best
 			ratio = len(blob) / self.estimate(floor)
-		if best is None:
-			raise Fault(f"ARTIFACT_BYTES={self.c.artifact_bytes}: code leaves {cap} bytes, the weights take {len(blob)}; train a smaller model.")
+		refuse(not best, f"ARTIFACT_BYTES={self.c.artifact_bytes}: code leaves {cap} bytes, the weights take {len(blob)}; train a smaller model.", Fault)
 		return best
-
 	def pack(self, step_floor):
 		"""The artifact; int6 steps are at least step_floor."""
-		order = sorted(self.state, key=lambda n: KINDS.index(self.kinds[n]))
-		header = json.dumps({"format": 1, "model": {n: getattr(self.c, n.lower()) for n in MODEL_SETTINGS},
-			"tensors": [[n, self.kinds[n], list(self.state[n].shape)] for n in order]}).encode()
-		parts = {"levels": [], "scales": [], "fp16": [], "fp32": []}
-		for name in order:
-			kind, w = self.kinds[name], self.state[name]
+		levels, scales, plain = {}, {}, {}
+		for name, kind in sorted(self.kinds.items(), key=lambda item: KINDS.index(item[1])):
+			w = self.state[name]
 			if kind in LEVELS:
-				scale = self.scale(name, step_floor)
-				parts["levels"].append(code_levels(w, scale.float(), LEVELS[kind]).to(torch.int8))
-				parts["scales"].append(scale)
+				scale = scales[name + ".scale"] = self.scale(name, step_floor).cpu()
+				levels[name + ".q"] = code_levels(w, scale.to(w), LEVELS[kind]).to("cpu", torch.int8)
 			else:
-				parts[kind].append(w.half() if kind == "fp16" else w)
-		raw = struct.pack("<I", len(header)) + header + b"".join(t.cpu().numpy().tobytes() for ts in parts.values() for t in ts)
-		size, body = struct.pack("<Q", len(raw)), lzma.compress(raw, lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=LZMA_FILTERS)
-		return MAGIC + size + hashlib.sha256(size + body).digest() + body
-
-def decompress(data, limit):
-	"""LZMA stream -> at most limit bytes. Raises ValueError."""
-	decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**28)
-	raw = decoder.decompress(data, limit + 1)
-	if not decoder.eof or decoder.unused_data or len(raw) > limit:
-		raise ValueError("its LZMA stream is cut off, followed by something, or larger than it says")
-	return raw
-
+				plain[name] = (w.half() if kind == "fp16" else w).cpu()
+		header = {"model": {n: getattr(self.c, n.lower()) for n in MODEL_SETTINGS}, "quantisation": {**LEVELS, "step_floor": step_floor}}
+		return b"".join(seal(header, levels | scales | plain, functools.partial(
+			lzma.compress, format=lzma.FORMAT_XZ, check=lzma.CHECK_NONE, filters=LZMA_FILTERS)))
 def unpack(data):
-	"""(fp32 tensors by name, model settings) of an artifact. Raises ValueError."""
-	if len(data) < 48 or hashlib.sha256(data[8:16] + data[48:]).digest() != data[16:48]:
-		raise ValueError("checksum mismatch")
-	raw = decompress(data[48:], min(struct.unpack("<Q", data[8:16])[0], RAW_LIMIT))
-	at = 4 + struct.unpack("<I", raw[:4])[0]
-	header = json.loads(raw[4:at])
-
-	def take(dtype, shape):
-		nonlocal at
-		at, start = at + math.prod(shape) * np.dtype(dtype).itemsize, at
-		return torch.from_numpy(np.frombuffer(raw, dtype, math.prod(shape), start).astype(np.float32).reshape(shape))
-
-	coded = [row for row in header["tensors"] if row[1] in LEVELS]
-	state = {name: take("<i1", shape) for name, _, shape in coded}
-	for name, _, shape in coded:
-		state[name] *= take("<f2", (shape[0], 1))
-	state |= {name: take("<f2" if kind == "fp16" else "<f4", shape) for name, kind, shape in header["tensors"] if kind not in LEVELS}
-	if header["format"] != 1 or at != len(raw):
-		raise ValueError(f"format {header['format']}, {len(raw) - at} surplus bytes")
-	return state, header["model"]
-
-def unpack_lineage(data):
-	"""The same of the lineage's: LZMA of a torch.save; no pickled code is run."""
-	saved = torch.load(BytesIO(decompress(data, RAW_LIMIT)), map_location="cpu", weights_only=True)
-	w, coded = saved["w"], {n for n, meta in saved["m"].items() if isinstance(meta, dict)}
-	return {n: w[n + ".q"].float() * w[n + ".scale"].float().view(-1, *[1] * (w[n + ".q"].dim() - 1)) if n in coded else w[n].float()
-		for n in saved["m"]}, {}
-
+	"""(fp32 tensors by name, model settings) of an artifact. The lineage's is LZMA of a torch.save, of which no code is run, without
+	settings. Raises ValueError and others."""
+	if data[:8] == MAGIC:
+		header, w = unseal(data, expand)
+	else:
+		header, w = {"model": {}}, torch.load(BytesIO(expand(data)), map_location="cpu", weights_only=True)["w"]
+	return {n.removesuffix(".q"): t.float() * w[n[:-1] + "scale"].float().view(-1, *[1] * (t.dim() - 1)) if n.endswith(".q") else t.float()
+		for n, t in w.items() if n[:-5] + "q" not in w}, header["model"]
 def read_artifact(c):
 	"""(Config with its settings, tensors by name) of LOAD_ARTIFACT. Raises BadInput."""
 	where = f"LOAD_ARTIFACT={c.load_artifact}"
 	try:
-		data = Path(c.load_artifact).read_bytes()
-		state, settings = (unpack if data.startswith(MAGIC) else unpack_lineage)(data)
+		state, there = unpack(Path(c.load_artifact).read_bytes())
+		refuse(there and there.keys() != {*MODEL_SETTINGS}, "it has other settings than this version", ValueError)
+		settings = {s.name.lower(): parse_setting(s, shown(there[s.name])) for s in SETTINGS if s.name in there}
 	except OSError as why:
 		raise BadInput(f"{where}: {why.strerror}; give the path of a final_model.int6.ptz.") from None
 	except Exception as why:  # damage makes the readers raise all sorts
 		raise BadInput(f"{where}: damaged, or no artifact: {str(why)[:160]}. Export it again.") from None
-	settings = {n.lower(): tuple(v) if isinstance(v, list) else v for n, v in settings.items()}
 	clash = [f"{n.upper()}={shown(getattr(c, n))} (there {shown(v)})" for n, v in settings.items() if n in c.explicit and getattr(c, n) != v]
 	c = dataclasses.replace(c, **settings)
 	problems = clash or cross_check(c)
-	if problems:
-		raise BadInput(f"{where}: was made with other settings: {' '.join(problems)}. Unset them: the artifact knows.")
+	refuse(problems, f"{where}: was made with other settings: {' '.join(problems)}. Unset them: the artifact knows.")
+	with torch.device("meta"):  # nothing is allocated for sizes that the file only claims
+		load_state(GPT(c), state, where)
 	return c, state
-
-def load_state(model, state, where):
-	"""Copy tensors into the model. Raises BadInput unless names and shapes fit."""
-	own = split_banks(model.state_dict(), model.c.num_layers)
+def copy_tensors(own, state, where):
+	"""Copy state into own, both by name. Raises BadInput unless names and shapes fit."""
 	there, here = ({n: list(t.shape) for n, t in tensors.items()} for tensors in (state, own))
 	wrong = [f"{n} is {there.get(n, 'missing')}, the settings make it {here.get(n, 'nothing')}"
 		for n in sorted(there.keys() | here) if there.get(n) != here.get(n)]
-	if wrong:
-		raise BadInput(f"{where}: does not fit: {'; '.join(wrong[:3])}{' ...' if wrong[3:] else ''}. Set NUM_LAYERS and others as trained.")
-	for name, tensor in own.items():
-		tensor.copy_(state[name])
-
-def write_file(path, data):
-	"""Write a file that is whole or not there."""
-	part = path.with_name(path.name + ".part")
-	with open(part, "wb") as file:
-		file.write(data)
-		file.flush()
-		os.fsync(file.fileno())
-	part.replace(path)
-
+	refuse(wrong, f"{where}: does not fit: {'; '.join(wrong[:3])}{' ...' if wrong[3:] else ''}. Set NUM_LAYERS and others as trained.")
+	with torch.no_grad():
+		for name, tensor in own.items():
+			tensor.copy_(state[name])
+def load_state(model, state, where):
+	"""Copy an artifact's tensors into the model. Raises BadInput."""
+	copy_tensors(split_banks(model.state_dict(), model.c.num_layers), state, where)
 def export(c, run, model):
-	"""Rank 0 quantises and writes; all ranks load what is read back."""
-	path, blob = run.folder / "final_model.int6.ptz", b""
-	if run.rank == 0:
-		began, buffer, code = perf_counter(), BytesIO(), Path(__file__).stat().st_size
-		torch.save({n: t.cpu() for n, t in model.state_dict().items()}, buffer)
-		write_file(run.folder / "final_model.pt", buffer.getvalue())
-		quantizer = Quantizer(c, model.state_dict())
+	"""Rank 0 quantises and writes, unless it did before; all ranks load what is read back."""
+	path, code = run.folder / "final_model.int6.ptz", Path(__file__).stat().st_size
+	if run.rank == 0 and "artifact" not in run.rows:
+		began, quantizer = perf_counter(), Quantizer(dataclasses.replace(c, recur_start=0) if model.recurring else c, model.state_dict())
 		blob, floor = quantizer.fit(c.artifact_bytes - code)
-		write_file(path, blob)
+		write_file(path, [blob])
 		run.metric("quantised", **quantizer.counts, step_floor=floor, seconds=perf_counter() - began)
-		run.metric("artifact", model_bytes=len(blob), code_bytes=code, total_bytes=len(blob) + code)
-		run.log(f"Serialized model: {buffer.tell()} bytes\nCode size: {code} bytes\nSerialized model int6+lzma: {len(blob)} bytes\n"
+		run.log(f"Code size: {code} bytes\nSerialized model int6+lzma: {len(blob)} bytes\n"
 			f"Total submission size int6+lzma: {len(blob) + code} bytes")
-		blob = path.read_bytes()
-	if run.world > 1:
-		data = torch.zeros(run.sum(torch.tensor(len(blob), device=run.device)), dtype=torch.uint8, device=run.device)
-		if blob:
-			data.copy_(torch.frombuffer(bytearray(blob), dtype=torch.uint8))
-		dist.broadcast(data, 0)
-		blob = data.cpu().numpy().tobytes()
-	load_state(model, unpack(blob)[0], path)
+		run.metric("artifact", model_bytes=len(blob), code_bytes=code, total_bytes=len(blob) + code)
+	state, settings = unpack(run.share(path.read_bytes() if run.rank == 0 else b""))
+	load_state(model, state, path)
+	model.recurring = bool(c.recur_layers) and settings["RECUR_START"] == 0
 
 # ---------- scoring core
 # Each target is scored once into one array of nats [N], shared out over ranks by whole batches, summed once, in order, in fp64.
-
 def plan_windows(n, window, stride):
 	"""(start, first scored row) of each window, int64 arrays, to score n targets once, in order: the first window all its rows, later
 	ones the last stride; the last is moved back to end at n. Raises ValueError."""
-	if not 1 <= stride <= window <= n:
-		raise ValueError(f"need 1 <= stride {stride} <= window {window} <= n {n}")
+	refuse(not 1 <= stride <= window <= n, f"need 1 <= stride {stride} <= window {window} <= n {n}", ValueError)
 	ends = np.minimum(np.arange(window, n + stride, stride), n)
 	return ends - window, np.concatenate([[0], ends[:-1]]) - (ends - window)
-
 def row_nll(model, h, targets, rows, shift=None):
 	"""Nats [R] at flat rows of h [B,T,D], with shift [B or 1,V] on the logits; only rows meet the head."""
 	T, h, targets, nats = h.size(1), h.flatten(0, 1), targets.flatten(), []
@@ -1069,28 +1037,23 @@ def row_nll(model, h, targets, rows, shift=None):
 			z += shift[r // T] if len(shift) > 1 else shift
 		nats.append(F.cross_entropy(model.cap(z), targets[r], reduction="none"))
 	return torch.cat(nats)
-
 def scored_rows(firsts, T):
 	"""Mask [B,T] of the rows that windows score."""
 	return np.arange(T) >= firsts[:, None]
 
 # ---------- scoring methods
 # What turns hidden states into nats. What is causal follows from the settings: broken_conditions().
-
 Batch = namedtuple("Batch", "h targets firsts at rows")  # [B,T,D], [B,T], [B]; of each scored target stream index, flat row
 
 class Plain:
 	"""The model's own distribution."""
 	def __init__(self, c, run, model, val):
 		self.c, self.run, self.model = c, run, model
-
 	def nats(self, b):
 		"""Nats [R] of the scored targets of a Batch."""
 		return row_nll(self.model, b.h, b.targets, b.rows)
-
 	def learn(self, end):
 		"""Take in the scored targets before end."""
-
 def slot_gradient(z, targets, shares, shift, cap):
 	"""Gradient [G,V] by shift [G,V] of the sum of shares times cross entropies of targets, both [G,n], under cap * tanh((z + shift) /
 	cap). z [G,n,V] and shift come times 2/cap: tanh(x) = 2 sigmoid(2x) - 1, whose -1 a softmax ignores, and 1 - tanh^2 = 4 s (1-s)."""
@@ -1103,30 +1066,24 @@ class Slot(Plain):
 	"""SLOT (arXiv:2505.12392): a delta [D] on hidden states, with SLOT_BIAS a bias [V] on logits before the cap, fitted by AdamW
 	(eps 1e-5, weight decay 1e-8) for a batch (#1084) or a window (#1303). The logits of h + delta are base logits + W delta, so a
 	step adds one vector, and the gradient of delta is W' times the column sum of the logits' gradient."""
-
 	TILE, KEEP = 2**18, 2**26  # base logits at once (on a GPU KEEP), and kept
 	WINDOWS = 32  # a window's loss is divided as in a batch of so many (#1303), whatever the batch is
-
 	def __init__(self, c, run, model, val):
 		super().__init__(c, run, model, val)
 		self.carry, self.tile = self.fresh(1), self.KEEP if run.cuda else self.TILE
-
 	def fresh(self, groups):
 		"""AdamW's [4,groups,P]: parameters (delta, bias), moments, number of steps."""
 		return torch.zeros(4, groups, self.c.model_dim + self.c.vocab_size * self.c.slot_bias, device=self.run.device)
-
 	def fit_rows(self, firsts):
 		"""Mask [B,T] of the rows whose targets the parameters are fitted to."""
 		scored = scored_rows(firsts, self.c.eval_seq_len)
 		if self.c.slot_loss == "all":
 			scored[:], scored[:, -1] = True, False  # #1084 leaves out the last
 		return ~scored if self.c.slot_loss == "context" else scored
-
 	def shift(self, state):
 		"""Shift [G,V] of the logits."""
 		D = self.c.model_dim
 		return state[0, :, :D] @ self.model.head_weight().float().mT + (state[0, :, D:] if self.c.slot_bias else 0)
-
 	def fit(self, h, targets, rows, shares, state):
 		"""Fit state, in place, to shares [G,n] times nats at rows [G,n] of h [*,D], targets [*]."""
 		c, weight, moved, last, kept = self.c, self.model.head_weight().float(), 0.0, 0.0, {}
@@ -1149,7 +1106,6 @@ class Slot(Plain):
 			debias = [-torch.expm1(count[:, :1] * math.log(beta)) for beta in (0.9, 0.999)]  # 1 - beta**count, precisely
 			update = m / debias[0] / ((v / debias[1]).sqrt() + 1e-5)
 			value -= rate * (update + 1e-8 * value)
-
 	def nats(self, b):
 		"""Nats [R]. With SLOT_LOSS=past ranks call it together: the state goes round."""
 		c, T, past, window, found = self.c, self.c.eval_seq_len, self.c.slot_loss == "past", self.c.slot_delta == "window", []
@@ -1176,7 +1132,6 @@ class Slot(Plain):
 class Ctw(Plain):
 	"""Context tree weighting over tokens (Willems, Shtarkov, Tjalkens 1995), KT estimator with alpha 1/2, mixed into the model:
 	(1-w) p + w q, w = CTW_WEIGHT * entropy / ln V where the model's entropy is above the threshold; 0 in the first chunk.
-
 	Exact at chunk boundaries: P_w = (P_e + product of the children's P_w) / 2, with P_e in closed form. Nodes and (node, target) pairs
 	are numbered once, by sorting; a chunk updates those it meets, on the CPU, where sums have one order."""
 	def __init__(self, c, run, model, val):
@@ -1191,7 +1146,6 @@ class Ctw(Plain):
 			count, block, children, weighted = torch.zeros(4, len(parent), dtype=torch.float64)
 			self.levels.append(dict(node=node, parent=parent, pair=pair, owner=keys // V, pairs=torch.zeros(len(keys), dtype=torch.float64),
 				count=count, block=block, children=children, weighted=weighted))
-
 	def learn(self, end):
 		"""Count targets before end, weight the nodes on their paths."""
 		new, self.end, changed = slice(self.end, end), end, None
@@ -1204,9 +1158,7 @@ class Ctw(Plain):
 			if changed:
 				x["children"].index_add_(0, *changed)
 			now = torch.logaddexp(x["block"][at], x["children"][at]) - math.log(2) if changed else x["block"][at]
-			changed = x["parent"][at], now - x["weighted"][at]
-			x["weighted"][at] = now
-
+			changed, x["weighted"][at] = (x["parent"][at], now - x["weighted"][at]), now
 	def probability(self, at):
 		"""q [n] fp64 of targets at these indices of the stream."""
 		q = None
@@ -1216,7 +1168,6 @@ class Ctw(Plain):
 			stop = torch.exp(x["block"][node] - x["weighted"][node]) / 2  # posterior weight of this context over longer ones
 			q = kt if q is None else stop * kt + (1 - stop) * q
 		return q
-
 	def nats(self, b):
 		"""Nats [R] under the mixture."""
 		if not self.end:
@@ -1230,7 +1181,6 @@ class Ctw(Plain):
 		return torch.cat(nats)
 
 METHODS = {"slot": Slot, "ctw": Ctw}  # by the end of an evaluator's name
-
 def broken_conditions(c, label):
 	"""Which conditions of C1 to C4 (challenge issue #1017) an evaluator breaks, "" if it is causal. SLOT is if it fits to what earlier
 	windows scored, none of which shares its delta."""
@@ -1239,7 +1189,6 @@ def broken_conditions(c, label):
 	return ",".join(["C1", "C2"] * leak + ["C3"] * (leak or c.prequant_ttt_enabled))
 
 # ---------- evaluators
-
 class ChunkTrainer:
 	"""Trains on scored text: score-first test-time training (#549)."""
 	def __init__(self, c, run, model, optimizer, frozen_blocks):
@@ -1251,10 +1200,8 @@ class ChunkTrainer:
 			rows = [i for i, n in enumerate(names) if n.startswith("blocks.") and int(n.split(".")[1]) < frozen_blocks]
 			if rows:  # of a bank; another tensor freezes whole
 				self.frozen.append((p, rows if name in BANKS else slice(None)))
-
 	def train(self, tokens, begin, end, rate, epochs):
-		"""Passes over targets begin to end in sequences of EVAL_SEQ_LEN; the last one may reach back for context, and counts only the
-		targets no other has."""
+		"""Passes over targets begin to end in sequences of EVAL_SEQ_LEN; the last may reach back for context, counting only its own targets."""
 		T, size = self.c.eval_seq_len, self.c.ttt_batch_seqs
 		starts = np.arange(begin, end, T)
 		reach = max(0, int(starts[-1]) + T - end)
@@ -1266,7 +1213,6 @@ class ChunkTrainer:
 		for i in [*range(0, len(rows), size)] * epochs:
 			mine = slice(i + self.run.rank, i + size, self.run.world)
 			self.step(inputs[mine], targets[mine], (targets[i:i + size] >= 0).sum())
-
 	def step(self, inputs, targets, count):
 		"""A step on the mean over the count targets of all ranks; one may hold none."""
 		grads = [p.grad for p in self.params]
@@ -1279,6 +1225,32 @@ class ChunkTrainer:
 		if self.c.ttt_grad_clip:
 			nn.utils.clip_grad_norm_(self.params, self.c.ttt_grad_clip)
 		self.optimizer.step()
+
+class Progress:
+	"""What a pass of evaluation goes on from: the nats so far and live tensors, saved when 30 times what that costs has passed."""
+	def __init__(self, c, run, kind):
+		self.c, self.run, self.kind, self.cost, self.last, self.began = c, run, kind, 0.02, perf_counter(), perf_counter()
+	def resume(self, out, live):
+		"""The window to go on with and seconds spent on methods, after taking in the newest file, if there is one. Ranks sum out in the end."""
+		tensors, counters = self.run.restore(self.kind), torch.zeros(len(out) + 1, dtype=torch.double)
+		if tensors:
+			n = tensors["nats"].size(-1) if "nats" in tensors else 0
+			copy_tensors({**live, "counters": counters, "nats": out[:, :n]}, tensors, self.kind)
+			out *= self.run.rank == 0
+		window, seconds, *spent = counters.tolist()
+		self.began -= seconds
+		return int(window), np.array(spent)
+	def mark(self, window, spent, out, live):
+		"""Before a batch on all ranks, out being whole for the windows before: save it if it is time, end if a signal came."""
+		now = perf_counter()
+		due, stop = self.run.ask(self.c.save_every and now > self.last + 30 * self.cost)
+		if (due or stop) and out.size(1):
+			nats, counters = out.clone(memory_format=torch.contiguous_format), torch.tensor([window, now - self.began, *spent], dtype=torch.double)
+			self.run.save(self.kind, window, {**live, "counters": counters, "nats": self.run.sum(nats)})
+			self.last = perf_counter()
+			self.cost = self.last - now
+		if stop:
+			self.run.stop()
 
 @torch.no_grad()
 def score_batch(c, run, model, val, starts, firsts, pad_to, methods, out):
@@ -1300,62 +1272,72 @@ def score_batch(c, run, model, val, starts, firsts, pad_to, methods, out):
 	out[-1].index_add_(0, at, torch.ones_like(out[-1, at]))  # += would count doubles once
 	return seconds
 
-def score(run, model, val, jobs):
+def score(run, model, val, jobs, progress=None):
 	"""[(nats [N] fp32, seconds)] of jobs [(label, Config)] in one pass with the first one's windows and TTT, which changes the weights.
-	Raises Fault unless each target was scored once (C4)."""
-	(label, c), T, names, began = jobs[0], jobs[0][1].eval_seq_len, "+".join(dict.fromkeys(job[0] for job in jobs)), perf_counter()
+	With progress it can be ended and gone on with. Raises Fault unless each target was scored once (C4)."""
+	(label, c), T, names = jobs[0], jobs[0][1].eval_seq_len, "+".join(dict.fromkeys(job[0] for job in jobs))
+	clock = progress or Progress(c, run, "")
 	methods = [METHODS.get(label.split("_")[-1], Plain)(config, run, model, val) for label, config in jobs]
-	sizes = {config.slot_batch_seqs for name, config in jobs if name.endswith("slot")} or {max(1, c.val_batch_size // (T * run.world))}
-	size, = sizes  # one for all jobs
+	size, = {config.slot_batch_seqs for name, config in jobs if name.endswith("slot")} or {max(1, c.val_batch_size // (T * run.world))}
 	starts, firsts = plan_windows(val.n, T, T if label == "roundtrip" else c.eval_stride)
-	ttt, shown = label.startswith("ttt"), began
+	ttt, shown, resumed = label.startswith("ttt"), perf_counter(), 0
 	chunk = (starts + firsts) // (c.ttt_chunk_tokens if ttt or "ctw" in names else val.n)  # that of its first scored target
 	out, spent, chunks = torch.zeros(len(jobs) + 1, val.n, device=run.device), np.zeros(len(jobs)), int(chunk[-1]) + 1
 	trainer = ChunkTrainer(c, run, model, functools.partial(torch.optim.SGD, momentum=c.ttt_momentum), c.ttt_freeze_blocks) if ttt else None
+	live = {f"carry.{k}": method.carry for k, method in enumerate(methods) if hasattr(method, "carry")}
+	for name, p in model.named_parameters() if ttt else ():
+		live[name], live["momentum." + name] = p, torch.zeros_like(p)
+		trainer.optimizer.state[p]["momentum_buffer"] = live["momentum." + name]
+	if progress:
+		resumed, spent = progress.resume(out, live)
 	for i in range(chunks):
 		begin, end = np.searchsorted(chunk, [i, i + 1])
-		for b in range(begin, end, run.world * size):
+		for b in range(max(begin, resumed), end, run.world * size):
+			if progress:
+				progress.mark(b, spent, out[:, :starts[b] + firsts[b]], live)
 			first = min(b + run.rank * size, end)
 			batch = slice(first, min(first + size, end))  # empty on some ranks at the end
 			spent += score_batch(c, run, model, val, starts[batch], firsts[batch], size, methods, out)
 			if perf_counter() - shown > 2:
 				shown = perf_counter()
-				run.log(f"progress:{names} window:{batch.stop}/{len(starts)} chunk:{i + 1}/{chunks} seconds:{shown - began:.1f}")
+				run.log(f"progress:{names} window:{batch.stop}/{len(starts)} chunk:{i + 1}/{chunks} seconds:{shown - clock.began:.1f}")
 		if i + 1 < chunks:  # the last chunk is scored only
-			begin, end = i * c.ttt_chunk_tokens, (i + 1) * c.ttt_chunk_tokens
+			text = i * c.ttt_chunk_tokens, (i + 1) * c.ttt_chunk_tokens
 			for k, method in enumerate(methods):
 				spent[k] -= perf_counter()
-				method.learn(end)
+				method.learn(text[1])
 				spent[k] += perf_counter()
-			if ttt:
-				trainer.train(val.tokens, begin, end, cosine(c.ttt_lr, 0, i, chunks), c.ttt_epochs)
+			if ttt and resumed < end:
+				trainer.train(val.tokens, *text, cosine(c.ttt_lr, 0, i, chunks), c.ttt_epochs)
 	run.sum(out)
-	if not bool((out[-1] == 1).all()):
-		raise Fault(f"{names}: {int((out[-1] != 1).sum())} of {val.n} targets were not scored exactly once")
-	total = perf_counter() - began
+	refuse(not bool((out[-1] == 1).all()), f"{names}: {int((out[-1] != 1).sum())} of {val.n} targets were not scored exactly once", Fault)
+	total = clock.seconds = perf_counter() - clock.began
 	return [(out[k], total - spent.sum() + spent[k]) for k in range(len(jobs))]
-
 def mean_and_bpb(val, nats):
 	"""(nats a token, bits a byte) of nats [N]."""
 	loss = nats.double().mean().item()
 	return loss, loss / math.log(2) * val.n / val.total_bytes
-
 def evaluate(c, run, model, val, weights, labels):
 	"""Run evaluators on the model, whose weights are put back, and log a result line for each."""
 	passes = {}
-	for label in labels:
+	for label in (label for label in labels if f"final_{weights}_{label}" not in run.rows):
 		passes.setdefault((label == "roundtrip", label.startswith("ttt")), []).append(label)
 	for group in passes.values():
+		progress = Progress(c, run, f"progress_{weights}_{'+'.join(group)}")
 		with put_back(model.parameters()):
-			results = score(run, model, val, [(label, c) for label in group])
+			results = score(run, model, val, [(label, c) for label in group], progress)
+		run.metric(f"pass_{weights}_{'+'.join(group)}", eval_time=1000 * progress.seconds)
 		for label, (nats, seconds) in zip(group, results):
 			loss, bpb = mean_and_bpb(val, nats)
 			broken = broken_conditions(c, label)
+			if c.save_nll and run.rank == 0 and weights == "int6":
+				np.save(buffer := BytesIO(), nats.double().cpu().numpy())
+				write_file(run.folder / f"nll_{label}.npy", [buffer.getvalue()])
 			run.metric(f"final_{weights}_{label}", val_loss=loss, val_bpb=bpb, tokens=val.n, bytes=val.total_bytes, causal=not broken,
 				eval_time=1000 * seconds, **({"breaks": broken} if broken else {}))
-			if c.save_nll and run.rank == 0 and weights == "int6":
-				np.save(run.folder / f"nll_{label}.npy", nats.double().cpu().numpy())
-
+		run.saving.result()
+		for path in run.saved("progress_*") if run.rank == 0 else ():
+			path.unlink()
 def train_on_validation(c, run, model, val):
 	"""Pre-quantisation TTT (#1488): AdamW on tokens before they are scored."""
 	trainer = ChunkTrainer(c, run, model, functools.partial(torch.optim.AdamW, weight_decay=0.0), c.prequant_ttt_freeze_blocks)
@@ -1366,19 +1348,16 @@ def train_on_validation(c, run, model, val):
 	model.zero_grad(set_to_none=True)
 
 # ---------- training
-
 @torch.no_grad()
 def quantize_banks(banks):
 	"""Put what the export makes of them into the banks. Straight-through: the gradient there updates the kept weights."""
 	for bank in banks:
 		scale = row_scales(bank, LEVELS["int6"])
 		bank.copy_(code_levels(bank, scale, LEVELS["int6"]).mul_(scale))
-
 def micro_batches(run, sequences, length):
 	"""The fewest equal parts of a rank's sequences under a limit: the record's on 8 GPUs, what a CPU's cache likes, whatever the world size."""
 	limit = 98304 if run.cuda else 4096
 	return next(n for n in range(1, sequences + 1) if sequences % n == 0 and (sequences // n * length <= limit or n == sequences))
-
 def train_step(c, run, model, optimizer, batch, step, scale):
 	"""(mean loss, gradient norm), on the device, after a step on this rank's part of a batch."""
 	n, total = micro_batches(run, len(batch[0]), c.train_seq_len), torch.zeros((), device=run.device)
@@ -1392,7 +1371,6 @@ def train_step(c, run, model, optimizer, batch, step, scale):
 	norm = optimizer.step(total, scale, muon_momentum(c, step))
 	model.zero_grad(set_to_none=True)
 	return total, norm
-
 def prime(c, run, model, data):
 	"""Compile before the clock starts: WARMUP_STEPS steps of which nothing remains."""
 	optimizer, feed = Optimizer(c, run, model), data.batches()
@@ -1402,20 +1380,48 @@ def prime(c, run, model, data):
 			train_step(c, run, model, optimizer, next(feed), step, 1.0)
 	model.recurring = bool(c.recur_layers) and c.recur_start == 0
 	run.log(f"primed in {c.warmup_steps} steps")
-
+def training_state(model, optimizer, averages, counters):
+	"""Live tensors by name that training goes on from, Muon's momentum whole. No random number is drawn after the initial weights."""
+	names = {p: name for name, p in model.named_parameters()}
+	state, whole = {"counters": counters} | {name: p for p, name in names.items()}, [optimizer.gather(share) for share in optimizer.momentum]
+	for kind, tensors in (("ema", averages.ema), ("swa", averages.swa)):
+		state |= {f"{kind}.{name}": t for name, t in zip(names.values(), tensors)}
+	for p, (work, t) in zip(optimizer.banks, whole):
+		if work:
+			work.wait()
+		state["momentum." + names[p]] = t[:len(p)]
+	return state | {f"{key}.{names[p]}": t for p in optimizer.small for key, t in optimizer.adam.state[p].items()}
+def resume_training(run, model, optimizer, averages):
+	"""[step, ms, whether QAT is on, SWA's snapshots], after taking in the last checkpoint, if there is one."""
+	tensors, counters = run.restore("checkpoint"), torch.zeros(4, dtype=torch.double)
+	if tensors:
+		copy_tensors(own := training_state(model, optimizer, averages, counters), tensors, "checkpoint")
+		averages.steps, averages.snapshots = int(counters[0]), int(counters[3])
+		for n, share, whole in zip(optimizer.shares, optimizer.momentum, [t for name, t in own.items() if name.startswith("momentum.")]):
+			share[:max(0, len(whole) - run.rank * n)] = whole[run.rank * n:][:n]
+	return counters.long().tolist()
 def train(c, run, model, data, val):
-	"""Train and put the best average into the model. Raises Fault for a loss that is not finite."""
+	"""Train, from the last checkpoint if there is one, and put the best average into the model. Raises Fault for a loss that is not finite."""
 	if run.compile and c.warmup_steps:
 		prime(c, run, model, data)
-	optimizer, averages, feed = Optimizer(c, run, model), Averages(c, model.parameters()), data.batches()
-	first_bad, qat = torch.full((), c.iterations + 1, device=run.device), False
-	clock = Clock(run, 1000 * c.max_wallclock_seconds)
+	optimizer, averages = Optimizer(c, run, model), Averages(c, model.parameters())
+	begin, ms, qat, _ = resume_training(run, model, optimizer, averages)
+	first_bad, feed = torch.full((), c.iterations + 1, device=run.device), data.batches(begin)
+	model.recurring = bool(c.recur_layers) and (begin > c.recur_start or not c.recur_start)
+	clock = Clock(run, 1000 * c.max_wallclock_seconds, begin, ms)
 	reserve = 2 + 1.5 * len(data.held_out) / c.train_batch_tokens  # steps' time to compare averages
-	for step in range(c.iterations + 1):
-		elapsed, fresh = clock.agreed(step)
+	for step in range(begin, c.iterations + 1):
+		elapsed, fresh, stop = clock.agreed(step)
 		last = step == c.iterations or 0 < clock.cap_ms <= elapsed + reserve * clock.step_ms and step > 0
-		if (fresh or last) and first_bad.item() <= step:
-			raise Fault(f"step {first_bad.item()}: loss or gradient is not finite; lower MATRIX_LR, TIED_EMBED_LR and SCALAR_LR.")
+		save = step > begin and (stop or last or c.save_every > 0 and step % c.save_every == 0)
+		if (fresh or last or save) and first_bad.item() <= step:
+			raise Fault(f"step {first_bad.item()}: loss or gradient is not finite; lower MATRIX_LR, TIED_EMBED_LR and SCALAR_LR. "
+				f"What is saved in {run.folder} is from before it.")
+		if save:
+			counters = torch.tensor([step, clock.now(), qat, averages.snapshots], dtype=torch.double)
+			run.save("checkpoint", step, training_state(model, optimizer, averages, counters))
+		if stop:
+			run.stop()
 		if last or c.val_loss_every and step % c.val_loss_every == 0:
 			ms = clock.now()
 			loss, bpb = mean_and_bpb(val, score(run, model, val, [("roundtrip", c)])[0][0])
@@ -1444,55 +1450,51 @@ def train(c, run, model, data, val):
 		run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
 
 # ---------- main
-
 def run_all(c):
 	"""Check, then train and export, or load, then evaluate."""
 	c, state = read_artifact(c) if c.load_artifact else (c, None)
 	run = Run(c)
-	if state is None and c.train_batch_tokens % (run.world * c.train_seq_len):
-		raise BadInput(f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: with {run.world} ranks a multiple of {run.world * c.train_seq_len}.")
+	refuse(state is None and c.train_batch_tokens % (run.world * c.train_seq_len),
+		f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: with {run.world} ranks a multiple of {run.world * c.train_seq_len}.")
 	backend, attention = choose_attention(c.attention, run.device)
 	val, data = ValData(c, run), TrainData(c, run) if state is None else None
 	model = GPT(c, run.dtype, attention)
 	if state is not None:
 		load_state(model, state, f"LOAD_ARTIFACT={c.load_artifact}")
 	run.start(c)
-	if run.world > 1:
-		dist.init_process_group("nccl" if run.cuda else "gloo")
 	model.to(run.device)
 	if run.compile:
 		model.hidden = torch.compile(model.hidden, dynamic=False)
 	run.log(f"model_params:{sum(p.numel() for p in model.parameters())} attention:{backend} val_tokens:{val.n} (the last "
 		f"{val.dropped} fill no window) val_bytes:{val.total_bytes}")
+	for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if __name__ == "__main__" else ():
+		signal.signal(number, on_signal)
 	try:
 		if data:
 			run.log(f"train_shards:{len(data.shards)} train_tokens:{sum(map(len, data.shards))} heldout_tokens:{len(data.held_out)}")
-			train(c, run, model, data, val)
-			if model.recurring:
-				c = dataclasses.replace(c, recur_start=0)  # the artifact says what it was scored with
-			if c.prequant_ttt_enabled:
-				train_on_validation(c, run, model, val)
-			evaluate(c, run, model, val, "float", ["roundtrip"])
+			if "artifact" not in run.rows:
+				train(c, run, model, data, val)
+				if c.prequant_ttt_enabled:
+					train_on_validation(c, run, model, val)
+				evaluate(c, run, model, val, "float", ["roundtrip"])
 			export(c, run, model)
-		began = perf_counter()
 		evaluate(c, run, model, val, "int6", c.evals)
-		run.metric("eval_total", eval_time=1000 * (perf_counter() - began))
-	except (BadInput, Fault) as problem:
+		if "eval_total" not in run.rows:
+			run.metric("eval_total", eval_time=sum(row["eval_time"] for label, row in run.rows.items() if label.startswith("pass_int6")))
+	except (BadInput, Fault, OSError, RuntimeError) as problem:  # the last of a collective whose other end died
 		run.log(f"error: {problem}")
 		raise
-
 def main():
-	"""Exit status: 0 done, 1 fault, 2 bad input."""
+	"""Exit status: 0 done, 1 fault, 2 bad input, 128 + its number after a signal."""
 	try:
 		run_all(load_config(os.environ))
-		sys.stdout.flush()
-		if dist.is_initialized():
-			os._exit(0)  # taking gloo down aborts some ranks
-	except (BadInput, Fault) as problem:
+		sys.exit(0)
+	except (SystemExit, KeyboardInterrupt) as done:
+		os._exit(getattr(done, "code", 130))  # taking gloo down aborts some ranks
+	except (BadInput, Fault, OSError) as problem:
 		if os.environ.get("LOCAL_RANK", "0") != "0":
 			sleep(3)  # the first rank says the same, and torchrun then ends this one
 		print(f"error: {problem}", file=sys.stderr, flush=True)
 		os._exit(2 if isinstance(problem, BadInput) else 1)  # at once: a rank must not wait for others in a collective
-
 if __name__ == "__main__":
 	main()

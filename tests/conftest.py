@@ -30,10 +30,8 @@ def write_shard(path, tokens):
     path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory):
-    """Settings of a tiny data set: two training shards and a validation shard of Python's own documentation strings."""
-    folder = tmp_path_factory.mktemp("tiny")
+def make_tiny_data(folder, targets=600):
+    """Settings of a tiny data set made there: two training shards and a validation shard of Python's own source text."""
     texts = [Path(sys.modules[m].__file__).read_text() for m in ("argparse", "json.decoder", "subprocess", "pathlib")]
     (folder / "text").write_text("\n".join(texts))
     sentencepiece.SentencePieceTrainer.train(
@@ -43,8 +41,14 @@ def tiny_data(tmp_path_factory):
     ids = [[1] + sp.encode(text) for text in texts]
     write_shard(folder / "fineweb_train_000000.bin", ids[0])
     write_shard(folder / "fineweb_train_000001.bin", ids[2])
-    write_shard(folder / "fineweb_val_000000.bin", (ids[1] + ids[3])[:1 + 600])
+    write_shard(folder / "fineweb_val_000000.bin", (ids[1] + ids[3])[:1 + targets])
     return dict(DATA_PATH=str(folder), TOKENIZER_PATH=str(folder / "tiny.model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """Settings of a tiny data set that tests share and do not change."""
+    return make_tiny_data(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -69,13 +69,13 @@ def test_quantising_and_reading_back_costs_little(finished):
 
 def test_everything_of_a_run_lies_in_its_own_place(finished, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["logs"] and sorted(p.name for p in Path("logs").iterdir()) == ["one", "one.txt"]
-    assert {p.name for p in Path("logs/one").iterdir()} == {"metrics.jsonl", "final_model.pt", "final_model.int6.ptz",
+    assert {p.name for p in Path("logs/one").iterdir()} == {"metrics.jsonl", "checkpoint.000000012.ckpt", "final_model.int6.ptz",
                                                            *(f"nll_{e}.npy" for e in ("roundtrip", "sliding_window", "ttt", "ttt_slot"))}
 
 
 def test_a_run_id_is_never_overwritten(finished, tiny):
     before = {p: p.read_bytes() for p in Path("logs").rglob("*") if p.is_file()}
-    with pytest.raises(t.BadInput, match="RUN_ID=one: exists in logs/; choose another"):
+    with pytest.raises(t.BadInput, match="RUN_ID=one: exists in logs/; choose another, or RESUME=1"):
         tiny(RUN_ID="one")
     assert before == {p: p.read_bytes() for p in Path("logs").rglob("*") if p.is_file()}
 

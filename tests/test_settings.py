@@ -26,7 +26,7 @@ CHANGES = dict(
     ROPE_BASE=100, ROPE_DIMS=8, ROPE_TRAIN_LEN=8, LN_SCALE=0, XSA_LAST_N=3, BIGRAM_VOCAB_SIZE=0, BIGRAM_DIM=4, VE_ENABLED=0, VE_DIM=4,
     VE_LAYERS="0,1", MATRIX_LR=0.1, TIED_EMBED_LR=0.1, SCALAR_LR=0.1, MUON_MOMENTUM=0.5, MUON_MOMENTUM_WARMUP_START=0.1,
     MUON_MOMENTUM_WARMUP_STEPS=2, MUON_BACKEND_STEPS=1, MUON_WD=3, ADAM_WD=3, BETA1=0.1, BETA2=0.5, ADAM_EPS=0.01, GRAD_CLIP_NORM=0.01,
-    EMA_ENABLED=0, EMA_DECAY=0.1, SWA_ENABLED=0, SWA_EVERY=2, LATE_QAT=0, LATE_QAT_THRESHOLD=0.6, ARTIFACT_BYTES=100000, EVAL_SEQ_LEN=16,
+    EMA_ENABLED=0, EMA_DECAY=0.1, SWA_ENABLED=0, SWA_EVERY=2, LATE_QAT=0, LATE_QAT_THRESHOLD=0.6, ARTIFACT_BYTES=118000, EVAL_SEQ_LEN=16,
     EVAL_STRIDE=32, TTT_ENABLED=0, TTT_LR=0.2, TTT_EPOCHS=1, TTT_CHUNK_TOKENS=64, TTT_FREEZE_BLOCKS=2, TTT_MOMENTUM=0, TTT_BATCH_SEQS=2,
     TTT_GRAD_CLIP=0.01, SLOT_ENABLED=0, SLOT_LR=0.1, SLOT_STEPS=1, SLOT_BATCH_SEQS=8, SLOT_DELTA="window", SLOT_BIAS=1, SLOT_LOSS="scored",
     SLOT_LR_MIN=0.0001, SLOT_HYPER_LR=0.1, VRL_ENABLED=1, VALUE_RESIDUAL=1, GATED_ATTENTION=1, PREQUANT_TTT_ENABLED=1, EVALS="roundtrip")
@@ -38,7 +38,7 @@ BESIDE = dict(EMBED_LR=(0.05, dict(TIE_EMBEDDINGS=0)), HEAD_LR=(0.5, dict(TIE_EM
               PREQUANT_TTT_FREEZE_BLOCKS=(3, dict(PREQUANT_TTT_ENABLED=1)), CTW_WEIGHT=(0.1, CTW), CTW_ENTROPY_THRESHOLD=(4, CTW))
 # Settings that must not change a figure, or are tested for themselves elsewhere.
 ELSEWHERE = set("PRESET RUN_ID DEVICE COMPILE ATTENTION LOAD_ARTIFACT SAVE_NLL DATA_PATH TOKENIZER_PATH VAL_BATCH_SIZE WARMUP_STEPS "
-                "VOCAB_SIZE CTW_DEPTH".split())
+                "VOCAB_SIZE CTW_DEPTH SAVE_EVERY RESUME".split())
 
 
 def problems(**env):
@@ -91,7 +91,7 @@ def test_numbers_out_of_bounds_or_not_numbers_are_refused_by_name(s):
 
 @pytest.mark.parametrize("name", [s.name for s in t.SETTINGS if s.kind == "bool"])
 def test_switches_take_0_1_false_true_and_name_themselves_otherwise(name):
-    assert [getattr(t.load_config({name: v}), name.lower()) for v in ("0", "1", "false", "True")] == [False, True, False, True]
+    assert [getattr(t.load_config({name: v, "RUN_ID": "x"}), name.lower()) for v in ("0", "1", "false", "True")] == [False, True, False, True]
     assert problems(**{name: "yes"})[0].startswith(f"{name}=yes: allowed: 0, 1, false, true")
 
 

@@ -109,7 +109,7 @@ def test_the_best_average_is_the_one_in_the_model(tiny_data):
     averages = t.Averages(c, model.parameters())
     good = [p.detach().clone() for p in model.parameters()]
     averages.ema = [p + torch.randn(p.shape) for p in good]
-    averages.swa = good
+    averages.swa, averages.snapshots = good, 1
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape))

@@ -1,0 +1,430 @@
+"""A run that is stopped, killed or starved goes on as if nothing had happened, and says clearly what stopped it."""
+import gc
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, process, read_metrics, t, timeless
+
+EVERYTHING = dict(EVALS="roundtrip,sliding_window,ttt,ttt_slot", SAVE_EVERY="3", TRAIN_LOG_EVERY="1", SAVE_NLL="1")
+
+
+@pytest.fixture(autouse=True)
+def no_signals():
+    """Signals that a test makes up are gone after it."""
+    yield
+    t.STOPS.clear()
+
+
+def stop_after(monkeypatch, name, calls):
+    """Let a signal arrive during a call of the script's function."""
+    function, count = getattr(t, name), iter(range(1, 10**6))
+
+    def spy(*args, **kw):
+        if next(count) == calls:
+            t.STOPS.append((signal.SIGTERM, time.perf_counter()))
+        return function(*args, **kw)
+    monkeypatch.setattr(t, name, spy)
+
+
+def stopped(tiny, monkeypatch, name, calls, **changes):
+    """Run until then; the number of calls that were made stays in the patched function."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, name, calls)
+        assert failing(tiny, SystemExit, **changes) == str(128 + signal.SIGTERM)
+    t.STOPS.clear()
+
+
+def failing(tiny, error, **changes):
+    """The message of a run's error; what it held open is closed."""
+    with pytest.raises(error) as caught:
+        tiny(**changes)
+    text = str(caught.value)
+    del caught
+    gc.collect()
+    return text
+
+
+def same(one, other):
+    """Both metrics without times and names; the passes' lines have nothing else."""
+    one, other = (timeless(m) for m in (one, other))
+    assert one.keys() == other.keys()
+    assert one == other
+
+
+@pytest.mark.parametrize("changes", [{}, dict(EMA_ENABLED="0", TIE_EMBEDDINGS="0", LATE_QAT_THRESHOLD="0.9"), dict(SWA_ENABLED="0"),
+                                     dict(RECUR_LAYERS="1", RECUR_START="4", PREQUANT_TTT_ENABLED="1", PREQUANT_TTT_EPOCHS="1")])
+@pytest.mark.parametrize("step", [1, 4, 11])
+def test_training_goes_on_bit_for_bit(step, changes, tiny, monkeypatch):
+    changes = {**EVERYTHING, **changes}
+    whole = tiny(RUN_ID="whole", **changes)
+    stopped(tiny, monkeypatch, "train_step", step, RUN_ID="part", **changes)
+    name = f"checkpoint.{step:09d}.ckpt"
+    assert name in os.listdir("logs/part") and "saved" not in Path("logs/part.txt").read_text().splitlines()[-1]
+    same(tiny(RUN_ID="part", RESUME="1", **changes), whole)
+    text = Path("logs/part.txt").read_text()
+    assert f"resuming from logs/part/{name}\n" in text and text.count("\nlate_qat:on") == whole_count("late_qat:on")
+    files, others = ({f for f in os.listdir(f"logs/{r}") if not f.startswith("checkpoint")} for r in ("part", "whole"))
+    assert files == others and len(files) == 6
+    for label in ("ttt_slot", "roundtrip"):
+        assert (np.load(f"logs/part/nll_{label}.npy") == np.load(f"logs/whole/nll_{label}.npy")).all()
+    results = re.findall(r"^final_\S+", text, re.M)
+    assert len(results) == len(set(results)) == 5
+
+
+def whole_count(words):
+    return Path("logs/whole.txt").read_text().count("\n" + words)
+
+
+@pytest.mark.parametrize("evals,changes", [("roundtrip", {}), ("sliding_window", {}), ("ttt,ttt_slot", {}), ("ttt_slot", dict(SLOT_LOSS="past")),
+                                           ("slot", dict(SLOT_LOSS="past", SLOT_DELTA="window")), ("ttt", dict(TTT_MOMENTUM="0")),
+                                           ("ctw", dict(SLOT_ENABLED="0", CTW_WEIGHT="0.3", CTW_ENTROPY_THRESHOLD="0"))])
+@pytest.mark.parametrize("batch", [2, 5])
+def test_evaluation_goes_on_with_the_same_digits_and_does_not_begin_anew(batch, evals, changes, tiny, monkeypatch):
+    tiny(RUN_ID="model", EVALS="none")
+    env = dict(LOAD_ARTIFACT="logs/model/final_model.int6.ptz", EVALS=evals, VAL_BATCH_SIZE="96", **changes)
+    whole, calls = tiny(RUN_ID="whole", **env), []
+    stopped(tiny, monkeypatch, "score_batch", batch, RUN_ID="part", **env)
+    assert any(f.startswith("progress_int6_") for f in os.listdir("logs/part"))
+    score = t.score_batch
+    monkeypatch.setattr(t, "score_batch", lambda *args: calls.append(1) or score(*args))
+    again = tiny(RUN_ID="part", RESUME="1", **env)
+    same(again, whole)
+    total = len(t.plan_windows(576, 32, 32 if evals == "roundtrip" else 8)[0])
+    assert len(calls) < -(-total // 3) - batch + 8 and "resuming from logs/part/progress_int6_" in Path("logs/part.txt").read_text()
+    assert not [f for f in os.listdir("logs/part") if f.startswith("progress")]
+
+
+def test_time_before_a_stop_counts(tiny, monkeypatch):
+    tiny(RUN_ID="model", EVALS="none")
+    env = dict(LOAD_ARTIFACT="logs/model/final_model.int6.ptz", EVALS="sliding_window", VAL_BATCH_SIZE="96")
+    score = t.score_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "score_batch", lambda *args: time.sleep(0.1) or score(*args))
+        stopped(tiny, patch, "score_batch", 5, RUN_ID="part", **env)
+    again = tiny(RUN_ID="part", RESUME="1", **env)
+    assert 500 <= again["final_int6_sliding_window"]["eval_time"] <= again["eval_total"]["eval_time"] + 1e-6
+
+
+def test_a_finished_run_is_left_as_it_is(tiny):
+    first = tiny(RUN_ID="one", **EVERYTHING)
+    size, artifact = Path("logs/one/metrics.jsonl").stat().st_size, Path("logs/one/final_model.int6.ptz").stat().st_mtime_ns
+    assert tiny(RUN_ID="one", RESUME="1", **EVERYTHING) == first
+    assert (Path("logs/one/metrics.jsonl").stat().st_size, Path("logs/one/final_model.int6.ptz").stat().st_mtime_ns) == (size, artifact)
+
+
+def test_resume_without_anything_to_go_on_with_is_a_new_run(tiny):
+    same(tiny(RUN_ID="a", RESUME="1", **EVERYTHING), tiny(RUN_ID="b", **EVERYTHING))
+    with pytest.raises(t.BadInput, match="RESUME=1: needs the RUN_ID"):
+        t.load_config({"RESUME": "1"})
+
+
+def test_other_settings_are_refused_and_each_is_named(tiny, monkeypatch):
+    stopped(tiny, monkeypatch, "train_step", 5, RUN_ID="one", **EVERYTHING)
+    before = {p: p.read_bytes() for p in Path("logs").rglob("*") if p.is_file()}
+    text = failing(tiny, t.BadInput, RUN_ID="one", RESUME="1", **{**EVERYTHING, "MATRIX_LR": "0.1", "VE_LAYERS": "0", "SEED": "3"})
+    assert "MATRIX_LR=0.1 (there 0.025)" in text and "VE_LAYERS=0 (there 1,2)" in text and "SEED=3 (there 1337)" in text and text.count("(there") == 3
+    assert before == {p: p.read_bytes() for p in Path("logs").rglob("*") if p.is_file()}
+    # and a checkpoint that was carried into another run's folder
+    tiny(RUN_ID="two", **EVERYTHING, SEED="3")
+    stopped(tiny, monkeypatch, "train_step", 5, RUN_ID="three", **EVERYTHING, SEED="3")
+    for path in Path("logs/three").glob("checkpoint*"):
+        path.write_bytes(before[Path("logs/one/checkpoint.000000003.ckpt")])
+    with pytest.raises(t.BadInput, match=r"checkpoint.000000005.ckpt: was begun with other settings: RUN_ID=three \(there one\) SEED=3 \(there 1337\)"):
+        tiny(RUN_ID="three", RESUME="1", **EVERYTHING, SEED="3")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, monkeypatch):
+    whole = tiny(RUN_ID="whole", **EVERYTHING)
+    stopped(tiny, monkeypatch, "train_step", 7, RUN_ID="part", **EVERYTHING)
+    newest, older = Path("logs/part/checkpoint.000000007.ckpt"), Path("logs/part/checkpoint.000000006.ckpt")
+    data = newest.read_bytes()
+    newest.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+    same(tiny(RUN_ID="part", RESUME="1", **EVERYTHING), whole)
+    assert f"{newest}: damaged: wrong checksum\nresuming from {older}\n" in Path("logs/part.txt").read_text()
+
+
+def test_if_no_checkpoint_is_whole_nothing_begins_anew_by_itself(tiny, monkeypatch):
+    stopped(tiny, monkeypatch, "train_step", 7, RUN_ID="part", **EVERYTHING)
+    for path in Path("logs/part").glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(t.BadInput, match="RUN_ID=part: no checkpoint of it is whole"):
+        tiny(RUN_ID="part", RESUME="1", **EVERYTHING)
+
+
+def test_a_line_that_was_cut_off_and_a_part_of_a_file_are_tidied(tiny, monkeypatch):
+    whole = tiny(RUN_ID="whole", **EVERYTHING)
+    stopped(tiny, monkeypatch, "train_step", 7, RUN_ID="part", **EVERYTHING)
+    Path("logs/part/checkpoint.000000009.ckpt.part").write_bytes(b"half")
+    for path in ("logs/part.txt", "logs/part/metrics.jsonl"):
+        with open(path, "a") as file:
+            file.write('{"label": "fin')
+    same(tiny(RUN_ID="part", RESUME="1", **EVERYTHING), whole)
+    assert not list(Path("logs").rglob("*.part")) and '"fin\n' not in Path("logs/part/metrics.jsonl").read_text()
+
+
+def test_a_run_that_is_alive_is_not_joined(tiny, tiny_data, tmp_path):
+    c = t.load_config({**TINY, **tiny_data, "RUN_ID": "one"})
+    run = t.Run(c)
+    run.start(c)
+    with pytest.raises(t.BadInput, match="RUN_ID=one: is still running"):
+        tiny(RUN_ID="one", RESUME="1")
+
+
+def test_only_two_checkpoints_are_kept_and_none_with_0_but_the_last(tiny):
+    tiny(RUN_ID="a", EVALS="none", SAVE_EVERY="2")
+    tiny(RUN_ID="b", EVALS="none", SAVE_EVERY="0")
+    assert [sorted(p.name[11:20] for p in Path("logs", r).glob("*.ckpt")) for r in "ab"] == [["000000010", "000000012"], ["000000012"]]
+
+
+def test_a_checkpoint_is_readable_by_its_description_alone(tiny):
+    tiny(RUN_ID="a", EVALS="none")
+    data = Path("logs/a/checkpoint.000000012.ckpt").read_bytes()
+    at = 44 + int.from_bytes(data[40:44], "little")
+    header, total = json.loads(data[44:at]), 0
+    assert header["settings"]["NUM_LAYERS"] == 3 and header["tensors"][0] == ["counters", "float64", [4]]
+    step, ms, qat, snapshots = np.frombuffer(data, "<f8", 4, at)
+    assert (step, qat, snapshots) == (12, 1, 2) and ms > 0
+    for name, dtype, shape in header["tensors"]:
+        total += np.dtype(dtype).itemsize * int(np.prod(shape, dtype=int))
+    assert at + total == len(data)
+    names = {name for name, *_ in header["tensors"]}
+    assert {"qo_bank", "momentum.qo_bank", "ema.qo_bank", "swa.qo_bank", "exp_avg.tok_emb.weight", "exp_avg_sq.tok_emb.weight", "step.tok_emb.weight"} <= names
+
+
+def test_the_clock_goes_on_and_cannot_jump(tiny, monkeypatch):
+    """Elapsed training time is in the checkpoint; the wall clock of the machine plays no part."""
+    stopped(tiny, monkeypatch, "train_step", 6, RUN_ID="a", EVALS="none", **{"MAX_WALLCLOCK_SECONDS": "1000"})
+    path, = Path("logs/a").glob("*.ckpt")
+    header, tensors = t.unseal(bytearray(path.read_bytes()))
+    tensors["counters"][1] = 999_999.0
+    path.write_bytes(b"".join(bytes(p) for p in t.seal(header, tensors)))
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    found = tiny(RUN_ID="a", EVALS="none", RESUME="1", MAX_WALLCLOCK_SECONDS="1000")
+    assert found["training"]["steps"] == 6 and found["training"]["train_time"] > 999_999  # there was no time left
+    tiny(RUN_ID="b", EVALS="none", MAX_WALLCLOCK_SECONDS="1000")
+    assert read_metrics(Path("logs/b"))["training"]["steps"] == 12
+
+
+# What goes wrong on the way.
+
+def test_a_loss_that_is_not_finite_names_its_step_and_leaves_a_checkpoint_from_before(tiny, monkeypatch):
+    forward, count = t.GPT.forward, iter(range(10**6))
+
+    def spoilt(self, ids, targets, reduction="mean", trunk=None):
+        loss = forward(self, ids, targets, reduction, trunk)
+        return loss * (float("nan") if reduction == "mean" and next(count) == 7 else 1)
+
+    monkeypatch.setattr(t.GPT, "forward", spoilt)
+    with pytest.raises(t.Fault, match="^step 8: loss or gradient is not finite.*logs/a is from before it"):
+        tiny(RUN_ID="a", SAVE_EVERY="3", VAL_LOSS_EVERY="0")
+    kept = sorted(Path("logs/a").glob("*.ckpt"))
+    assert [p.name for p in kept] == ["checkpoint.000000003.ckpt", "checkpoint.000000006.ckpt"]
+    assert all(torch.isfinite(x).all() for p in kept for x in t.unseal(bytearray(p.read_bytes()))[1].values())
+    assert "error: step 8" in Path("logs/a.txt").read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize("how", ["gone", "short"])
+def test_data_that_vanishes_is_named_and_the_run_can_go_on(how, tiny, tiny_data, tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in Path(tiny_data["DATA_PATH"]).glob("*.bin"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    env = dict(EVERYTHING, DATA_PATH=str(folder), RUN_ID="a")
+    originals = {p: p.read_bytes() for p in folder.glob("fineweb_train*")}
+    sequence, count = t.TrainData.sequence, iter(range(10**6))
+
+    def spoilt(self, i):
+        if next(count) == 70:
+            for path in originals:
+                path.unlink() if how == "gone" else path.write_bytes(originals[path][:1500])
+        return sequence(self, i)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(t.TrainData, "sequence", spoilt)
+        assert re.search(r"fineweb_train_00000\d.bin: (No such file or directory|has shrunk).*RESUME=1", failing(tiny, t.Fault, **env))
+    for path, data in originals.items():
+        path.write_bytes(data)
+    same(tiny(**env, RESUME="1"), tiny(**{**env, "RUN_ID": "b"}))
+
+
+def limited(size):
+    """For a child: no file may grow over size bytes."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size,message", [(60_000, r"logs/a.txt: the log cannot grow: File too large"), (92_400, r"a.txt: the log cannot grow"),
+                                          (500_000, r"checkpoint.000000003.ckpt: File too large: not written, older files kept")])
+def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_when_there_is_room(size, message, tiny_data, tmp_path):
+    env = {**os.environ, **TINY, **tiny_data, **EVERYTHING, "RUN_ID": "a"}
+    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=env, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limited(size))
+    assert done.returncode == 1 and re.search(message, done.stderr) and "Traceback" not in done.stderr and done.stderr.count("error:") == 1
+    assert not list(tmp_path.rglob("*.part"))
+    again = process({**env, "RESUME": "1"}, tmp_path)
+    assert again.returncode == 0, again.stderr
+    other = process({**env, "RUN_ID": "b"}, tmp_path)
+    assert other.returncode == 0
+    same(read_metrics(tmp_path / "logs/a"), read_metrics(tmp_path / "logs/b"))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tiny, monkeypatch):
+    write, count = t.write_file, iter(range(10**6))
+
+    def full(path, parts):
+        if next(count) == 1:
+            patch.setattr(t.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        return write(path, parts)
+
+    whole = tiny(RUN_ID="whole", **EVERYTHING)
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "write_file", full)
+        text = failing(tiny, t.Fault, RUN_ID="part", **EVERYTHING)
+    assert text == ("logs/part/checkpoint.000000006.ckpt: No space left on device: not written, older files kept; make room, then RUN_ID=part "
+                    "RESUME=1.")
+    assert [p.name for p in Path("logs/part").glob("*.ckpt*")] == ["checkpoint.000000003.ckpt"]
+    same(tiny(RUN_ID="part", RESUME="1", **EVERYTHING), whole)
+
+
+def test_a_folder_that_cannot_be_written_is_bad_input(tiny, tmp_path):
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(t.BadInput, match="RUN_ID=a: .*run where logs/ can be made"):
+        tiny(RUN_ID="a")
+
+
+# Real signals, real processes.
+
+LONG = dict(TINY, ITERATIONS="100000", VAL_LOSS_EVERY="0", TRAIN_LOG_EVERY="20", SAVE_EVERY="20", EVALS="none")
+
+
+def begin(env, cwd, *torchrun):
+    """The script as a process, plain or under torchrun with these options, once it has trained for 40 steps and saved."""
+    command = [sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []), str(ROOT / "train_gpt.py")]
+    child = subprocess.Popen(command, env={**os.environ, **env}, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in child.stdout:
+        lines.append(line)
+        if line.startswith("step:40/"):
+            return child, lines
+    raise AssertionError("".join(lines))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_finishes_the_step_saves_says_where_and_exits_by_its_number(number, tiny_data, tmp_path):
+    child, _ = begin({**LONG, **tiny_data, "RUN_ID": "a"}, tmp_path)
+    child.send_signal(number)
+    rest = child.communicate(timeout=30)[0]
+    assert child.returncode == 128 + number
+    steps = [int(p.name[11:20]) for p in (tmp_path / "logs/a").glob("*.ckpt")]
+    assert "stopped by a signal" in rest and "logs/a; RUN_ID=a RESUME=1 goes on" in rest and max(steps) >= 20 and "Traceback" not in rest
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once(tiny_data, tmp_path):
+    # a step so long that the first signal cannot have been answered yet
+    env = {**LONG, **tiny_data, "RUN_ID": "a", "SAVE_EVERY": "0"}
+    child, _ = begin(env, tmp_path)
+    child.send_signal(signal.SIGSTOP)
+    child.send_signal(signal.SIGINT)
+    child.send_signal(signal.SIGTERM)
+    child.send_signal(signal.SIGCONT)
+    child.communicate(timeout=30)
+    assert child.returncode in (130, 143) and not list((tmp_path / "logs/a").glob("*.ckpt"))
+
+
+def ranks_of(agent):
+    """Process numbers of torchrun's workers, by rank."""
+    children = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
+    found = {}
+    for pid in children:
+        match = re.search(rb"\0RANK=(\d+)\0", b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+        if match:
+            found[int(match[1])] = int(pid)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_dead_rank_ends_all_ranks_and_is_named(dead, tiny_data, tmp_path):
+    child, lines = begin({**LONG, **tiny_data, "RUN_ID": "a"}, tmp_path, "--standalone", "--nproc_per_node=2")
+    ranks, began = ranks_of(child), time.monotonic()
+    os.kill(ranks[dead], signal.SIGKILL)
+    rest = child.communicate(timeout=60)[0]
+    assert child.returncode == 1 and time.monotonic() - began < 60
+    cause = rest.split("Root Cause")[1]
+    assert f"rank      : {dead} (local_rank: {dead})" in cause and "Signal 9" in cause
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+
+
+@pytest.mark.slow
+def test_torchruns_own_restart_resumes_and_ends_with_the_same_numbers(tiny_data, tmp_path):
+    env = {**LONG, **tiny_data, "ITERATIONS": "400", "EVALS": "roundtrip"}
+    whole = process({**env, "RUN_ID": "whole"}, tmp_path, 2)
+    child, _ = begin({**env, "RUN_ID": "a"}, tmp_path, "--standalone", "--nproc_per_node=2", "--max-restarts=1")
+    os.kill(ranks_of(child)[1], signal.SIGKILL)
+    rest = child.communicate(timeout=120)[0]
+    assert whole.returncode == 0 and child.returncode == 0 and "resuming from logs/a/checkpoint" in rest, rest[-3000:]
+    one, other = (timeless(read_metrics(tmp_path / "logs" / r)) for r in ("a", "whole"))
+    assert one["final_int6_roundtrip"] == other["final_int6_roundtrip"] and one["step:400/400"] == other["step:400/400"]
+    nameless = process({**env, "TORCHELASTIC_MAX_RESTARTS": "1"}, tmp_path)
+    assert nameless.returncode == 2 and "RUN_ID=: torchrun --max-restarts needs one" in nameless.stderr
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_goes_on_within_rounding(tiny_data, tmp_path):
+    env = {**TINY, **tiny_data, **EVERYTHING, "ITERATIONS": "40", "SAVE_EVERY": "8"}
+    for ranks, then in ((0, 2), (2, 3), (3, 0)):
+        for path in (tmp_path / "logs").glob("*"):
+            path.rename(tmp_path / f"{path.name}_{ranks}")
+        begun = process({**env, "RUN_ID": "a", "TRAIN_BATCH_TOKENS": "384"}, tmp_path, ranks)
+        assert begun.returncode == 0, begun.stderr[-2000:]
+        whole = timeless(read_metrics(tmp_path / "logs/a"))
+        for path in (tmp_path / "logs/a").iterdir():  # as if it had been killed after step 32
+            if path.name not in ("checkpoint.000000032.ckpt", "metrics.jsonl"):
+                path.unlink()
+        rows = (tmp_path / "logs/a/metrics.jsonl").read_text().splitlines(True)
+        (tmp_path / "logs/a/metrics.jsonl").write_text("".join(rows[:60]))
+        again = process({**env, "RUN_ID": "a", "RESUME": "1"}, tmp_path, then)
+        assert again.returncode == 0 and "resuming from logs/a/checkpoint.000000032" in again.stdout, again.stderr[-2000:]
+        other = timeless(read_metrics(tmp_path / "logs/a"))
+        assert whole.keys() == other.keys()
+        for label, row in whole.items():
+            for key in ("train_loss", "val_loss"):
+                if key in row:
+                    assert other[label][key] == pytest.approx(row[key], abs=1e-4), (ranks, then, label)
+
+
+@pytest.mark.slow
+def test_two_machines_give_the_numbers_of_one_process(tiny_data, tmp_path):
+    """Two agents of torchrun on loopback, each with one rank, in folders of their own."""
+    env = {**os.environ, **TINY, **tiny_data, **EVERYTHING, "RUN_ID": "a"}
+    agents = []
+    for i in range(2):
+        folder = tmp_path / f"node{i}"
+        folder.mkdir()
+        agents.append(subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:29631",
+             "--rdzv_id=x", str(ROOT / "train_gpt.py")], env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    out = [a.communicate(timeout=200)[0] for a in agents]
+    assert [a.returncode for a in agents] == [0, 0], out
+    where, = [f for f in (tmp_path / "node0", tmp_path / "node1") if (f / "logs").exists()]  # rank 0 writes, nobody else
+    two_nodes = timeless(read_metrics(where / "logs/a"))
+    assert process({k: v for k, v in env.items() if k not in os.environ}, tmp_path, 2).returncode == 0
+    two_ranks = timeless(read_metrics(tmp_path / "logs/a"))
+    (tmp_path / "one").mkdir()
+    assert process({k: v for k, v in env.items() if k not in os.environ}, tmp_path / "one").returncode == 0
+    one = timeless(read_metrics(tmp_path / "one/logs/a"))
+    for label in one:
+        if label.startswith("final_"):
+            assert two_nodes[label]["val_bpb"] == pytest.approx(two_ranks[label]["val_bpb"], abs=1e-6)  # as they have other numbers of threads
+            assert two_nodes[label]["val_bpb"] == pytest.approx(one[label]["val_bpb"], abs=1e-5)
