@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soak
 import torch
 from conftest import ROOT, TINY, process, read_metrics, t, timeless
 
@@ -381,6 +383,42 @@ def test_torchruns_own_restart_resumes_and_ends_with_the_same_numbers(tiny_data,
 
 
 @pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all_ranks(tiny_data, tmp_path):
+    """One rank's loss is spoilt; both say the step and stop, and nobody waits for anybody."""
+    script = tmp_path / "spoilt.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt as t
+forward, calls = t.GPT.forward, []
+def spoilt(self, ids, targets, reduction="mean", trunk=None):
+    calls.append(1)
+    return forward(self, ids, targets, reduction, trunk) * (float("inf") if len(calls) == 8 and os.environ["RANK"] == "1" else 1)
+t.GPT.forward = spoilt
+t.main()
+""")
+    began = time.monotonic()
+    done = process({**TINY, **tiny_data, "RUN_ID": "a", "SAVE_EVERY": "3", "VAL_LOSS_EVERY": "0"}, tmp_path, 2, script=script, timeout=60)
+    assert done.returncode == 1 and "step 8: loss or gradient is not finite" in done.stderr and time.monotonic() - began < 60
+    assert done.stderr.count("exitcode  : 1") >= 1 and [p.name for p in sorted((tmp_path / "logs/a").glob("*.ckpt"))][-1] == "checkpoint.000000006.ckpt"
+
+
+def test_checkpointing_every_50_steps_costs_under_3_percent(tiny_data, tmp_path, capsys):
+    """Blocks of 10 steps of the demo's model with and without one checkpoint, alternating: a fifth of that is its share of 50 steps."""
+    seconds = soak.checkpoint_cost(tmp_path, 10, 3, **tiny_data, VOCAB_SIZE="384")
+    share = (seconds.min(0)[1] / seconds.min(0)[0] - 1) / 5
+    with capsys.disabled():
+        print(f"\na checkpoint every 50 steps costs {100 * share:.2f} % of training time")
+    assert share < 0.03
+
+
+@pytest.mark.slow
+def test_soak():
+    """A few of the kills of `python tests/soak.py`, whose full log is logs/soak.txt."""
+    assert soak.main(["--kills", "5", "--seed", "7"]) == 0
+
+
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on_within_rounding(tiny_data, tmp_path):
     env = {**TINY, **tiny_data, **EVERYTHING, "ITERATIONS": "40", "SAVE_EVERY": "8"}
     for ranks, then in ((0, 2), (2, 3), (3, 0)):
@@ -404,26 +442,46 @@ def test_another_number_of_ranks_goes_on_within_rounding(tiny_data, tmp_path):
                     assert other[label][key] == pytest.approx(row[key], abs=1e-4), (ranks, then, label)
 
 
+def two_agents(env, folders, *more):
+    """Two agents of torchrun on loopback, each with one rank, in these folders."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+               f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=x", *more, str(ROOT / "train_gpt.py")]
+    return [subprocess.Popen(command, env={**os.environ, **env, "OMP_NUM_THREADS": "1"}, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             text=True) for folder in folders]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_rank_that_dies_on_one_machine_ends_the_other_or_both_go_on(restarts, tiny_data, tmp_path):
+    env = {**LONG, **tiny_data, "RUN_ID": "a", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "ITERATIONS": "400" if restarts else "1000000"}
+    agents = two_agents(env, [tmp_path, tmp_path], f"--max-restarts={restarts}")  # one folder that both machines have
+    while not list(tmp_path.glob("logs/a/*.ckpt")):
+        time.sleep(0.1)
+        assert [a.poll() for a in agents] == [None, None]
+    began, victim = time.monotonic(), ranks_of(agents[0]) | ranks_of(agents[1])
+    os.kill(victim[1], signal.SIGKILL)
+    out = [a.communicate(timeout=100 if restarts else 60)[0] for a in agents]
+    if restarts:
+        assert [a.returncode for a in agents] == [0, 0] and "resuming from logs/a/checkpoint" in "".join(out), out
+    else:
+        assert all(a.returncode for a in agents) and time.monotonic() - began < 60 and "Signal 9" in "".join(out)
+
+
 @pytest.mark.slow
 def test_two_machines_give_the_numbers_of_one_process(tiny_data, tmp_path):
     """Two agents of torchrun on loopback, each with one rank, in folders of their own."""
-    env = {**os.environ, **TINY, **tiny_data, **EVERYTHING, "RUN_ID": "a"}
-    agents = []
-    for i in range(2):
-        folder = tmp_path / f"node{i}"
+    env, folders = {**TINY, **tiny_data, **EVERYTHING, "RUN_ID": "a"}, [tmp_path / n for n in ("node0", "node1", "ranks", "one")]
+    for folder in folders:
         folder.mkdir()
-        agents.append(subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:29631",
-             "--rdzv_id=x", str(ROOT / "train_gpt.py")], env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    agents = two_agents(env, folders[:2])
     out = [a.communicate(timeout=200)[0] for a in agents]
     assert [a.returncode for a in agents] == [0, 0], out
-    where, = [f for f in (tmp_path / "node0", tmp_path / "node1") if (f / "logs").exists()]  # rank 0 writes, nobody else
-    two_nodes = timeless(read_metrics(where / "logs/a"))
-    assert process({k: v for k, v in env.items() if k not in os.environ}, tmp_path, 2).returncode == 0
-    two_ranks = timeless(read_metrics(tmp_path / "logs/a"))
-    (tmp_path / "one").mkdir()
-    assert process({k: v for k, v in env.items() if k not in os.environ}, tmp_path / "one").returncode == 0
-    one = timeless(read_metrics(tmp_path / "one/logs/a"))
+    where, = [f for f in folders[:2] if (f / "logs").exists()]  # rank 0 writes, nobody else
+    assert process(env, folders[2], 2).returncode == 0 and process(env, folders[3]).returncode == 0
+    two_nodes, two_ranks, one = (timeless(read_metrics(f / "logs/a")) for f in (where, *folders[2:]))
     for label in one:
         if label.startswith("final_"):
             assert two_nodes[label]["val_bpb"] == pytest.approx(two_ranks[label]["val_bpb"], abs=1e-6)  # as they have other numbers of threads

@@ -217,7 +217,7 @@ def main(argv=None):
         draw(read_results(Path("logs") / args.run_id), Path("logs") / args.run_id, args.title)
         return 0
     try:
-        env = {**os.environ, "RUN_ID": args.run_id}
+        env = {**os.environ, "RUN_ID": args.run_id, "RESUME": "0"}
         if not args.artifact or not args.rows:
             raise t.BadInput("--artifact and at least one row are needed; see --help.")
         known = {s.name for s in t.SETTINGS if s.name.startswith(EVALUATION)}
