@@ -290,10 +290,10 @@ class Run:
 		self.device, self.dtype = (torch.device("cuda", local), torch.bfloat16) if self.cuda else (torch.device("cpu"), torch.float32)
 		self.compile = c.compile == "1" or c.compile == "auto" and self.cuda
 		self.labels, self.files, self.rows, self.name = set(), [], {}, c.run_id or strftime("%Y%m%d_%H%M%S") + f"_seed{c.seed}"
-		self.pool = ThreadPoolExecutor(1)
-		self.saving = self.pool.submit(int)  # what a thread writes
+		self.pool, self.saving = (pool := ThreadPoolExecutor(1)), pool.submit(int)  # what a thread writes
 		self.settings, self.one_node = {name: getattr(c, name.lower()) for name in NAMES}, neighbours == self.world
-		self.settings["code_sha256"], self.folder = hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), Path("logs") / self.name
+		files, self.folder = [Path(path).read_bytes() for path in (__file__, c.load_artifact) if path], Path("logs") / self.name
+		self.settings["sha256_of_code_and_artifact"] = hashlib.sha256(b"".join(files)).hexdigest()
 		self.synchronize = torch.cuda.synchronize if self.cuda else lambda: None  # before a clock is read
 		if self.cuda:
 			torch.cuda.set_device(self.device)
