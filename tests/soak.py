@@ -8,6 +8,7 @@ artifact, only whole files, and nothing else in its folder. Exit status 1 at the
 """
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -72,7 +73,8 @@ class Chain:
         elif how == "file":
             skip, seen = rng.randrange(12), set()
             while child.poll() is None and len(seen) <= skip:
-                seen |= {(p, p.stat().st_ino) for p in self.folder.glob("logs/soak/*.part") if p.exists()}
+                with contextlib.suppress(FileNotFoundError):  # it has been renamed meanwhile
+                    seen |= {(p, p.stat().st_ino) for p in self.folder.glob("logs/soak/*.part")}
         else:
             word, delay = rng.choice(PHASES), rng.uniform(0, 0.3)
             while child.poll() is None and not any(line.startswith(word) for line in self.lines()[begin:]):
