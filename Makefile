@@ -1,10 +1,10 @@
-# make demo: a small run on a CPU, all evaluators.  make test: the tests.  make fineweb: the record's data.
+# make demo: a small run on a CPU, all evaluators.  make test: the tests; make soak: 200 kills.  make fineweb: the record's data.
 PYTHON ?= python3
 RUN_ID ?= demo_$(shell date +%Y%m%d_%H%M%S)
 TRAIN_SHARDS ?= 80
 BIN = .venv/bin
 
-.PHONY: demo demo-data fineweb test clean
+.PHONY: demo demo-data fineweb test soak clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -24,6 +24,9 @@ fineweb: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q
+
+soak: .venv/installed
+	$(BIN)/python tests/soak.py --kills 200
 
 clean:
 	rm -rf .venv .pytest_cache .hypothesis data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model

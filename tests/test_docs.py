@@ -6,6 +6,7 @@ import subprocess
 import ablate
 import pytest
 import summary
+import torch
 from conftest import ROOT, t
 
 README = (ROOT / "README.md").read_text()
@@ -104,10 +105,38 @@ def test_what_the_readme_says_of_slots_gain_follows_from_the_logs():
     assert list(said) == speed
 
 
+def test_what_a_step_sends_follows_from_the_models_shapes():
+    """README's table, from the banks padded to whole matrices a rank."""
+    with torch.device("meta"):
+        params = dict(t.GPT(t.load_config({})).named_parameters())
+    small = sum(p.numel() for name, p in params.items() if name not in t.BANKS) + 1  # and the loss
+    rows = re.findall(r"^\| (\d+) \| (\d+) MB \| (\d+) MB \| ([\d.]+) MB \| ([\d.]+) \| ([\d.]+) \|$", README, re.M)
+    assert [int(row[0]) for row in rows] == [2, 8, 16, 32, 64]
+    for ranks, *cells in rows:
+        W = int(ranks)
+        padded = sum(-(-len(p) // W) * W * p[0].numel() for name, p in params.items() if name in t.BANKS)
+        scatter, gather, reduce = (x * (W - 1) / W for x in (4 * padded, 2 * padded, 8 * small))
+        total, compute = scatter + gather + reduce, 8 * 84 / W
+        assert cells == [f"{scatter / 1e6:.0f}", f"{gather / 1e6:.0f}", f"{reduce / 1e6:.1f}", f"{total / 50e6:.1f}", f"{compute:.1f}"]
+        assert (total / 50e6 > compute) == (W >= 64) and (total / 12.5e6 > compute) == (W >= 32)
+
+
+def test_what_the_readme_says_of_kills_and_of_checkpoints_is_in_the_logs():
+    log, text = (ROOT / "logs" / "soak.txt").read_text(), " ".join(README.split())
+    kills, chains, failed = map(int, re.search(r"^kills:(\d+) chains:(\d+) failed:(\d+)$", log, re.M).groups())
+    ends = re.findall(r"^chain \d+ ranks:\d (.*) -> (.*)$", log, re.M)
+    assert kills >= 200 and failed == 0 and len(ends) == chains and {end for _, end in ends} == {"same"}
+    assert sum(told.count("SIGKILL ") + told.count("SIGTERM ") for told, _ in ends) == kills and f"Of {kills} kills in {chains} runs none" in text
+    for phase in ("training", "writing a file", "exporting", "sliding, slot, ctw", "TTT", "an evaluation that went on", "one rank"):
+        assert phase in log, phase
+    cost = re.search(r"costs (-?[\d.]+) % of training time", (ROOT / "logs" / "checkpoint_cost.txt").read_text())[1]
+    assert float(cost) < 3 and f"training time by {cost} % over six pairs" in text
+
+
 def test_commands_and_settings_in_the_readme_exist():
     names = {s.name for s in t.SETTINGS}
     for name in re.findall(r"\b([A-Z][A-Z0-9_]{3,})=", README):
-        assert name in names | {"PYTHON", "TRAIN_SHARDS"}, name
+        assert name in names | {"PYTHON", "TRAIN_SHARDS", "FIRST", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"}, name
     make = (ROOT / "Makefile").read_text()
     for target in re.findall(r"\bmake ([a-z-]+)", README):
         assert f"\n{target}:" in make
