@@ -85,17 +85,15 @@ class Chain:
     def kill(self, child, rng):
         """One kill; (signal, whom)."""
         number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
-        if self.ranks > 1 and number == signal.SIGKILL and rng.random() < 0.5:
-            workers = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split()
-            if workers:
-                victim = rng.randrange(len(workers))
-                os.kill(int(workers[victim]), number)
-                child.wait(timeout=60)
-                return number, "one rank"
-        if number == signal.SIGKILL:
-            os.killpg(child.pid, number)
-        else:
-            child.send_signal(number)
+        workers = [*map(int, subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split())]
+        if workers and number == signal.SIGKILL and rng.random() < 0.5:
+            os.kill(rng.choice(workers), number)
+            child.wait(timeout=60)
+            return number, "one rank"
+        child.send_signal(number)
+        for worker in workers if number == signal.SIGKILL else ():  # they are sessions of their own and would go on without torchrun
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, number)
         child.wait(timeout=60)
         return number, "all"
 
