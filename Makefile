@@ -17,7 +17,7 @@ demo-data: .venv/installed
 
 demo: demo-data
 	PRESET=demo RUN_ID=$(RUN_ID) $(BIN)/torchrun --standalone --nproc_per_node=1 train_gpt.py
-	$(BIN)/python tools/summary.py logs/$(RUN_ID)
+	$(BIN)/python tools/report.py logs/$(RUN_ID) --scale
 
 fineweb: .venv/installed
 	$(BIN)/python data/prepare.py fineweb --train-shards $(TRAIN_SHARDS)
