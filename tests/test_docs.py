@@ -133,7 +133,7 @@ def test_what_the_readme_says_of_kills_and_of_checkpoints_is_in_the_logs():
 def test_commands_and_settings_in_the_readme_exist():
     names = {s.name for s in t.SETTINGS}
     for name in re.findall(r"\b([A-Z][A-Z0-9_]{3,})=", README):
-        assert name in names | {"PYTHON", "TRAIN_SHARDS", "FIRST", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"}, name
+        assert name in names | {"PYTHON", "TRAIN_SHARDS", "FIRST", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "RECORD_FOLDER"}, name
     make = (ROOT / "Makefile").read_text()
     for target in re.findall(r"\bmake ([a-z-]+)", README):
         assert f"\n{target}:" in make
