@@ -140,7 +140,6 @@ MODEL_SETTINGS = NAMES[NAMES.index("TRAIN_SEQ_LEN"):NAMES.index("VE_LAYERS") + 1
 FAMILIES = re.compile("(TTT|SLOT|CTW|MUON|ADAM|EMA|SWA|VE|XSA|BIGRAM|ROPE|QAT|LATE_QAT|TIED|WARMDOWN|RECUR|VRL|VALUE_RESIDUAL|"
 	"GATED_ATTENTION|PREQUANT|MTP|DTG|LAWA)(_|$)")
 Config = dataclasses.make_dataclass("Config", [*map(str.lower, NAMES), "explicit"], frozen=True)
-
 def parse_setting(s, text):
 	"""Value of setting s from its text, "-" for empty. Raises ValueError."""
 	if s.kind == "str":
@@ -160,7 +159,6 @@ def parse_setting(s, text):
 	what = {"ints": "comma list of integers", "int": "integer", "float": "number"}[s.kind]
 	refuse(not all(float(s.low) <= v <= float(s.high) for v in values), f"allowed: {what}, {s.low} to {s.high}", ValueError)  # nan fails too
 	return values if s.kind == "ints" else values[0]
-
 def load_config(env):
 	"""Config from environment variables. Raises BadInput with all problems, a line each."""
 	values, problems = {}, []
@@ -227,7 +225,7 @@ from torch import nn
 # ---------- files
 # An artifact, checkpoint or progress file: magic with a version (8 bytes), SHA-256 of the rest (32), then, in an artifact under LZMA:
 # uint32 length of a JSON header that ends in "tensors": [[name, dtype, shape], ...], the header, those tensors. Reading runs no code.
-MAGIC, EXPANSION = b"PGSLOT\x02\n", 64  # what comes out of LZMA is at most so many times what went in
+MAGIC, EXPANSION = b"PGSLOT\x02\n", 64  # LZMA may grow so many times, or to 32 MiB
 DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.int8, torch.half, torch.float, torch.double)}
 def seal(header, tensors, compress=None):
 	"""A file, as a list of bytes-likes, of a JSON header and CPU tensors by name."""
@@ -241,7 +239,7 @@ def seal(header, tensors, compress=None):
 def expand(data):
 	"""Raw bytes of an LZMA stream. Raises ValueError or LZMAError."""
 	decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**27)
-	raw = decoder.decompress(data, EXPANSION * len(data) + 2**16)
+	raw = decoder.decompress(data, max(EXPANSION * len(data), 2**25))
 	refuse(not decoder.eof or decoder.unused_data, f"its LZMA is cut off, followed by something, or grows over {EXPANSION} times", ValueError)
 	return bytearray(raw)
 def unseal(data, expand=memoryview):
@@ -291,7 +289,7 @@ class Run:
 		self.compile = c.compile == "1" or c.compile == "auto" and self.cuda
 		self.labels, self.files, self.rows, self.name = set(), [], {}, c.run_id or strftime("%Y%m%d_%H%M%S") + f"_seed{c.seed}"
 		self.pool, self.saving = (pool := ThreadPoolExecutor(1)), pool.submit(int)  # what a thread writes
-		self.settings, self.one_node = {name: getattr(c, name.lower()) for name in NAMES}, neighbours == self.world
+		self.settings = {name: getattr(c, name.lower()) for name in NAMES} | {"RUN_ID": self.name, "device": self.device.type}
 		files, self.folder = [Path(path).read_bytes() for path in (__file__, c.load_artifact) if path], Path("logs") / self.name
 		self.settings["sha256_of_code_and_artifact"] = hashlib.sha256(b"".join(files)).hexdigest()
 		self.synchronize = torch.cuda.synchronize if self.cuda else lambda: None  # before a clock is read
@@ -304,10 +302,12 @@ class Run:
 		"""Open the logs, or go on with them; meet the other ranks. Raises BadInput unless RUN_ID is new, or RESUME=1 and settings as then."""
 		restarts, count = (int(os.environ.get("TORCHELASTIC_" + word, 0)) for word in ("MAX_RESTARTS", "RESTART_COUNT"))
 		refuse(restarts and not c.run_id, "RUN_ID=: torchrun --max-restarts needs one, to go on with.")
+		shared, one_node = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1", os.environ.get("LOCAL_WORLD_SIZE", "1") == str(self.world)
+		refuse(restarts and shared and not one_node, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE: must be 1 for --max-restarts on several machines.")
 		if self.rank == 0:
 			self.open(c.resume or restarts)
 		if self.world > 1 and not dist.is_initialized():  # torchrun keeps its store, where dead ranks' addresses are
-			store = dist.PrefixStore(str(count * self.one_node), next(dist.rendezvous("env://"))[0])
+			store = dist.PrefixStore(str(count * one_node), next(dist.rendezvous("env://"))[0])
 			dist.init_process_group("nccl" if self.cuda else "gloo", store=store, rank=self.rank, world_size=self.world)
 		self.rows = json.loads(self.share(json.dumps(self.rows).encode()))
 	def open(self, resume):
@@ -318,16 +318,17 @@ class Run:
 		try:
 			self.folder.mkdir(parents=True, exist_ok=True)
 			self.files = [open(path, "a", buffering=1) for path in paths]
-			fcntl.flock(self.files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+			try:
+				fcntl.flock(self.files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+			except OSError as why:  # some file systems have no locks
+				refuse(isinstance(why, BlockingIOError), f"RUN_ID={self.name}: is still running; stop it first, or choose another.")
 			for part in self.folder.glob("*.part"):
 				part.unlink()
 			for path, file in zip(paths, self.files):
 				file.truncate(path.read_bytes().rfind(b"\n") + 1)
 			rows = [*map(json.loads, paths[1].read_text().splitlines())]
-		except BlockingIOError:
-			raise BadInput(f"RUN_ID={self.name}: is still running; stop it first, or choose another.") from None
 		except (OSError, ValueError) as why:
-			raise BadInput(f"RUN_ID={self.name}: {why}; run where logs/ can be made, or choose another.") from None
+			raise BadInput(f"RUN_ID={self.name}: {why}; run where logs/ can be made and are whole, or choose another.") from None
 		if rows:
 			self.rows = {row["label"]: row for row in rows}
 			self.check_settings(rows[0], f"RUN_ID={self.name}")
@@ -410,10 +411,11 @@ class Run:
 			except Exception as why:  # damage makes the readers raise all sorts
 				self.log(f"{path}: damaged: {why}")
 				data = b""
-		refuse(paths and not data, f"RUN_ID={self.name}: no {kind} of it is whole; choose another RUN_ID.")
+		refuse(paths and not data and kind == "checkpoint", f"RUN_ID={self.name}: no {kind} of it is whole; choose another RUN_ID.")
 		if data:
 			self.check_settings(there, path)
 			self.log(f"resuming from {path}")
+			[bad.rename(f"{bad}.damaged") for bad in paths if bad > path]  # or it would be taken for the one to keep
 		data = self.share(data)
 		return unseal(data)[1] if data else {}
 	def stop(self):
@@ -670,7 +672,7 @@ class GPT(nn.Module):
 			setattr(self, bank, nn.Parameter(torch.empty(shape)))
 		rot, stretch = c.rope_dims or D // c.num_heads, max(1.0, c.train_seq_len / c.rope_train_len)
 		base = c.rope_base * (stretch ** (rot / (rot - 2)) if rot > 2 else 1)
-		positions = torch.arange(max(c.train_seq_len, c.eval_seq_len)).double()
+		positions = torch.arange(max(c.eval_seq_len, min(c.train_seq_len, 2**16 if c.load_artifact else c.train_seq_len))).double()
 		angles = torch.outer(positions, base ** (-torch.arange(0, rot, 2).double() / rot)).unsqueeze(1)  # [T,1,rot/2]
 		for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
 			self.register_buffer(name, table.to(dtype), persistent=False)
@@ -822,8 +824,7 @@ class Optimizer:
 			group["lr"] = group["rate"] * scale
 		self.adam.step()  # while the gathers run
 		for p, (work, update) in zip(self.banks, pending):
-			if work:
-				work.wait()
+			work and work.wait()
 			rate = scale * c.matrix_lr
 			p.mul_(1 - rate * c.muon_wd).add_(update[:len(p)], alpha=-rate * math.sqrt(max(1, p.size(1) / p.size(2))))
 		return norm
@@ -973,7 +974,8 @@ def unpack(data):
 		header, w = unseal(data, expand)
 	else:
 		header, w = {"model": {}}, torch.load(BytesIO(expand(data)), map_location="cpu", weights_only=True)["w"]
-	return {n.removesuffix(".q"): t.float() * w[n[:-1] + "scale"].float().view(-1, *[1] * (t.dim() - 1)) if n.endswith(".q") else t.float()
+	refuse(any(t.untyped_storage().nbytes() < t.numel() * t.element_size() for t in w.values()), "a tensor overlaps itself", ValueError)
+	return {n.removesuffix(".q"): t.float() * w[n[:-1] + "scale"].float().view(-1, *[1] * (t.dim() - 1)).expand_as(t) if n.endswith(".q") else t.float()
 		for n, t in w.items() if n[:-5] + "q" not in w}, header["model"]
 def read_artifact(c):
 	"""(Config with its settings, tensors by name) of LOAD_ARTIFACT. Raises BadInput."""
@@ -1249,8 +1251,7 @@ class Progress:
 			self.run.save(self.kind, window, {**live, "counters": counters, "nats": self.run.sum(nats)})
 			self.last = perf_counter()
 			self.cost = self.last - now
-		if stop:
-			self.run.stop()
+		stop and self.run.stop()
 
 @torch.no_grad()
 def score_batch(c, run, model, val, starts, firsts, pad_to, methods, out):
@@ -1320,14 +1321,14 @@ def mean_and_bpb(val, nats):
 def evaluate(c, run, model, val, weights, labels):
 	"""Run evaluators on the model, whose weights are put back, and log a result line for each."""
 	passes = {}
-	for label in (label for label in labels if f"final_{weights}_{label}" not in run.rows):
+	for label in labels:
 		passes.setdefault((label == "roundtrip", label.startswith("ttt")), []).append(label)
-	for group in passes.values():
+	for group in (group for group in passes.values() if any(f"final_{weights}_{label}" not in run.rows for label in group)):
 		progress = Progress(c, run, f"progress_{weights}_{'+'.join(group)}")
 		with put_back(model.parameters()):
 			results = score(run, model, val, [(label, c) for label in group], progress)
 		run.metric(f"pass_{weights}_{'+'.join(group)}", eval_time=1000 * progress.seconds)
-		for label, (nats, seconds) in zip(group, results):
+		for label, (nats, seconds) in (row for row in zip(group, results) if f"final_{weights}_{row[0]}" not in run.rows):
 			loss, bpb = mean_and_bpb(val, nats)
 			broken = broken_conditions(c, label)
 			if c.save_nll and run.rank == 0 and weights == "int6":
@@ -1345,6 +1346,7 @@ def train_on_validation(c, run, model, val):
 	for epoch in range(c.prequant_ttt_epochs):
 		trainer.train(val.tokens, 0, val.n, cosine(rate, rate / 10, epoch, c.prequant_ttt_epochs), 1)
 		run.log(f"prequant_ttt:epoch {epoch + 1}/{c.prequant_ttt_epochs} seconds:{perf_counter() - began:.1f}")
+		run.ask(0)[1] and run.stop()
 	model.zero_grad(set_to_none=True)
 
 # ---------- training
@@ -1387,8 +1389,7 @@ def training_state(model, optimizer, averages, counters):
 	for kind, tensors in (("ema", averages.ema), ("swa", averages.swa)):
 		state |= {f"{kind}.{name}": t for name, t in zip(names.values(), tensors)}
 	for p, (work, t) in zip(optimizer.banks, whole):
-		if work:
-			work.wait()
+		work and work.wait()
 		state["momentum." + names[p]] = t[:len(p)]
 	return state | {f"{key}.{names[p]}": t for p in optimizer.small for key, t in optimizer.adam.state[p].items()}
 def resume_training(run, model, optimizer, averages):
@@ -1399,7 +1400,7 @@ def resume_training(run, model, optimizer, averages):
 		averages.steps, averages.snapshots = int(counters[0]), int(counters[3])
 		for n, share, whole in zip(optimizer.shares, optimizer.momentum, [t for name, t in own.items() if name.startswith("momentum.")]):
 			share[:max(0, len(whole) - run.rank * n)] = whole[run.rank * n:][:n]
-	return counters.long().tolist()
+	return [*map(math.ceil, counters.tolist())]  # rounded down, a run whose time was up would train another step
 def train(c, run, model, data, val):
 	"""Train, from the last checkpoint if there is one, and put the best average into the model. Raises Fault for a loss that is not finite."""
 	if run.compile and c.warmup_steps:
@@ -1420,8 +1421,7 @@ def train(c, run, model, data, val):
 		if save:
 			counters = torch.tensor([step, clock.now(), qat, averages.snapshots], dtype=torch.double)
 			run.save("checkpoint", step, training_state(model, optimizer, averages, counters))
-		if stop:
-			run.stop()
+		stop and run.stop()
 		if last or c.val_loss_every and step % c.val_loss_every == 0:
 			ms = clock.now()
 			loss, bpb = mean_and_bpb(val, score(run, model, val, [("roundtrip", c)])[0][0])
@@ -1442,12 +1442,10 @@ def train(c, run, model, data, val):
 		if step < 10 or (step + 1) % c.train_log_every == 0:
 			ms = clock.now()
 			run.metric(f"step:{step + 1}/{c.iterations}", 4, train_loss=loss.item(), train_time=ms, step_avg=ms / (step + 1))
-	if step < c.iterations:
-		run.log(f"stopping_early: wallclock_cap train_time:{clock.now():.0f}ms step:{step}/{c.iterations}")
+	step < c.iterations and run.log(f"stopping_early: wallclock_cap train_time:{clock.now():.0f}ms step:{step}/{c.iterations}")
 	averages.choose(run, model, data)
 	run.metric("training", steps=step, tokens=step * c.train_batch_tokens, train_time=clock.now())
-	if run.cuda:
-		run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
+	run.cuda and run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
 
 # ---------- main
 def run_all(c):
@@ -1468,7 +1466,7 @@ def run_all(c):
 	run.log(f"model_params:{sum(p.numel() for p in model.parameters())} attention:{backend} val_tokens:{val.n} (the last "
 		f"{val.dropped} fill no window) val_bytes:{val.total_bytes}")
 	for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if __name__ == "__main__" else ():
-		signal.signal(number, on_signal)
+		signal.getsignal(number) == signal.SIG_IGN or signal.signal(number, on_signal)  # nohup's stays
 	try:
 		if data:
 			run.log(f"train_shards:{len(data.shards)} train_tokens:{sum(map(len, data.shards))} heldout_tokens:{len(data.held_out)}")
@@ -1481,7 +1479,8 @@ def run_all(c):
 		evaluate(c, run, model, val, "int6", c.evals)
 		if "eval_total" not in run.rows:
 			run.metric("eval_total", eval_time=sum(row["eval_time"] for label, row in run.rows.items() if label.startswith("pass_int6")))
-	except (BadInput, Fault, OSError, RuntimeError) as problem:  # the last of a collective whose other end died
+	except Exception as problem:  # also that of a collective whose other end died
+		run.pool.shutdown()  # a checkpoint that is being written
 		run.log(f"error: {problem}")
 		raise
 def main():
@@ -1491,7 +1490,8 @@ def main():
 		sys.exit(0)
 	except (SystemExit, KeyboardInterrupt) as done:
 		os._exit(getattr(done, "code", 130))  # taking gloo down aborts some ranks
-	except (BadInput, Fault, OSError) as problem:
+	except Exception as problem:
+		isinstance(problem, (BadInput, Fault, OSError)) or sys.excepthook(*sys.exc_info())
 		if os.environ.get("LOCAL_RANK", "0") != "0":
 			sleep(3)  # the first rank says the same, and torchrun then ends this one
 		print(f"error: {problem}", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """Thousands of damaged and hostile artifacts, checkpoints and shards: each is refused in words, quickly, with little memory."""
 import hashlib
+import io
 import json
 import lzma
 import math
@@ -62,7 +63,7 @@ def peak(function):
 @pytest.fixture(scope="module")
 def whole():
     """A Config, an artifact of it, and a checkpoint."""
-    c = config()
+    c = config(RUN_ID="fuzz")
     model = random_model(c)
     run = t.Run(c)
     counters = torch.tensor([3.0, 1.0, 0.0, 0.0], dtype=torch.double)
@@ -79,7 +80,7 @@ def load_artifact(path):
 
 def load_checkpoint(folder):
     """What RESUME=1 does with the checkpoint in a folder."""
-    c = config()
+    c = config(RUN_ID="fuzz")
     run, model = t.Run(c), t.GPT(c)
     run.folder, run.settings = folder, {k: v for k, v in json.loads(json.dumps(run.settings)).items()}
     return t.resume_training(run, model, t.Optimizer(c, run, model), t.Averages(c, model.parameters()))
@@ -203,7 +204,28 @@ def test_a_bomb_is_not_unpacked(tmp_path):
     path.write_bytes(t.MAGIC + hashlib.sha256(body).digest() + body)
     assert len(body) < 2**16
     error, size = peak(lambda: load_artifact(path))
-    assert isinstance(error, t.BadInput) and "grows over 64 times" in str(error) and size < 2 * (t.EXPANSION * len(body) + 2**16) + DICTIONARY + 2**20
+    assert isinstance(error, t.BadInput) and "grows over 64 times" in str(error) and size < 2 * 2**25 + DICTIONARY + 2**20
+
+
+def test_small_files_of_large_tensors_are_refused(whole, tmp_path):
+    """Scales that would make an outer product, and the lineage's format with a tensor that is one number many times."""
+    path = tmp_path / "a.ptz"
+    path.write_bytes(b"".join(bytes(x) for x in t.seal({"model": {}}, {"a.q": torch.zeros(1, 3000, dtype=torch.int8), "a.scale": torch.zeros(3000).half()},
+                                                       lambda raw: lzma.compress(raw, lzma.FORMAT_XZ, lzma.CHECK_NONE))))
+    assert isinstance(peak(lambda: load_artifact(path))[0], t.BadInput)
+    with pytest.raises(RuntimeError, match="expand"):
+        t.unpack(path.read_bytes())
+    buffer = io.BytesIO()
+    torch.save({"w": {"a": torch.zeros(1).expand(10**9)}, "m": {}}, buffer)
+    path.write_bytes(lzma.compress(buffer.getvalue()))
+    error, size = peak(lambda: load_artifact(path))
+    assert isinstance(error, t.BadInput) and "a tensor overlaps itself" in str(error)
+
+
+def test_an_artifact_of_a_large_and_empty_table_can_be_read_back():
+    c = config(BIGRAM_VOCAB_SIZE="1000000")
+    artifact = t.Quantizer(c, t.GPT(c).state_dict()).pack(0.0)
+    assert len(artifact) < 100_000 and t.unpack(artifact)[0]["bigram.embed.weight"].shape == (1_000_000, 8)
 
 
 def test_sizes_that_a_file_only_claims_are_not_allocated(whole, tmp_path):

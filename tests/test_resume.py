@@ -155,6 +155,62 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, monkeypatch):
     assert f"{newest}: damaged: wrong checksum\nresuming from {older}\n" in Path("logs/part.txt").read_text()
 
 
+def test_the_good_checkpoint_outlives_the_damaged_one(tiny, monkeypatch):
+    """After falling back, the next save must not take the damaged file for the one to keep."""
+    whole = tiny(RUN_ID="whole", **EVERYTHING)
+    stopped(tiny, monkeypatch, "train_step", 7, RUN_ID="part", **EVERYTHING)
+    newest = Path("logs/part/checkpoint.000000007.ckpt")
+    newest.write_bytes(newest.read_bytes()[:-1])
+    stopped(tiny, monkeypatch, "train_step", 1, RUN_ID="part", RESUME="1", **EVERYTHING)
+    assert sorted(p.name for p in Path("logs/part").glob("checkpoint*")) == [
+        "checkpoint.000000006.ckpt", "checkpoint.000000007.ckpt", "checkpoint.000000007.ckpt.damaged"]
+    same(tiny(RUN_ID="part", RESUME="1", **EVERYTHING), whole)
+
+
+def test_a_damaged_progress_file_costs_its_pass_and_no_more(tiny, monkeypatch):
+    tiny(RUN_ID="model", EVALS="none")
+    env = dict(LOAD_ARTIFACT="logs/model/final_model.int6.ptz", EVALS="sliding_window", VAL_BATCH_SIZE="96")
+    whole = tiny(RUN_ID="whole", **env)
+    stopped(tiny, monkeypatch, "score_batch", 9, RUN_ID="part", **env)
+    for path in Path("logs/part").glob("progress*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    same(tiny(RUN_ID="part", RESUME="1", **env), whole)
+
+
+def test_a_run_without_a_name_goes_on_by_the_name_it_got(tiny, monkeypatch):
+    monkeypatch.setattr(t, "strftime", lambda form: "20260101_000000")
+    stopped(tiny, monkeypatch, "train_step", 5, RUN_ID="", **EVERYTHING)
+    assert "RUN_ID=20260101_000000_seed1337 RESUME=1 goes on" in Path("logs/20260101_000000_seed1337.txt").read_text()
+    same(tiny(RUN_ID="20260101_000000_seed1337", RESUME="1", **EVERYTHING), tiny(RUN_ID="whole", **EVERYTHING))
+
+
+def test_a_pass_of_which_one_result_was_logged_goes_on_as_a_whole(tiny, monkeypatch):
+    """Killed between the lines of two evaluators that share a pass: the other's digits and the time are those of the whole pass."""
+    env = dict(EVERYTHING, EVALS="ttt,ttt_slot")
+    whole = tiny(RUN_ID="whole", **env)
+    tiny(RUN_ID="part", **env)
+    path = Path("logs/part/metrics.jsonl")
+    rows = path.read_text().splitlines(True)
+    path.write_text("".join(row for row in rows if '"final_int6_ttt_slot"' not in row and '"eval_total"' not in row))
+    again = tiny(RUN_ID="part", RESUME="1", **env)
+    same(again, whole)
+    assert path.read_text().count('"final_int6_ttt"') == 1 and again["eval_total"]["eval_time"] == again["pass_int6_ttt+ttt_slot"]["eval_time"]
+
+
+def test_a_checkpoint_that_is_being_written_when_an_error_comes_is_finished(tiny, monkeypatch):
+    fsync, step, count = os.fsync, t.train_step, iter(range(1, 10**6))
+
+    def spoilt(*args):
+        if next(count) == 4:
+            raise t.Fault("on purpose")
+        return step(*args)
+
+    monkeypatch.setattr(t.os, "fsync", lambda fd: time.sleep(0.5) or fsync(fd))
+    monkeypatch.setattr(t, "train_step", spoilt)
+    assert failing(tiny, t.Fault, RUN_ID="a", **EVERYTHING) == "on purpose"
+    assert [p.name for p in Path("logs/a").glob("checkpoint*")] == ["checkpoint.000000003.ckpt"]
+
+
 def test_if_no_checkpoint_is_whole_nothing_begins_anew_by_itself(tiny, monkeypatch):
     stopped(tiny, monkeypatch, "train_step", 7, RUN_ID="part", **EVERYTHING)
     for path in Path("logs/part").glob("*.ckpt"):
@@ -329,6 +385,18 @@ def test_a_signal_finishes_the_step_saves_says_where_and_exits_by_its_number(num
     assert child.returncode == 128 + number
     steps = [int(p.name[11:20]) for p in (tmp_path / "logs/a").glob("*.ckpt")]
     assert "stopped by a signal" in rest and "logs/a; RUN_ID=a RESUME=1 goes on" in rest and max(steps) >= 20 and "Traceback" not in rest
+
+
+@pytest.mark.slow
+def test_an_ignored_hangup_stays_ignored(tiny_data, tmp_path):
+    """As under nohup."""
+    env = {**os.environ, **LONG, **tiny_data, "RUN_ID": "a", "ITERATIONS": "400", "EVALS": "roundtrip"}
+    child = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    for line in child.stdout:
+        if line.startswith("step:20/"):
+            child.send_signal(signal.SIGHUP)
+    assert child.wait(timeout=60) == 0 and "eval_total" in (tmp_path / "logs/a/metrics.jsonl").read_text()
 
 
 @pytest.mark.slow
