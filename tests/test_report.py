@@ -94,6 +94,42 @@ def test_a_record_whose_table_contradicts_its_logs_fails_the_check(tmp_path, cap
 
 
 @needs_published
+@pytest.mark.parametrize("heading,cell,fine", [
+    ("Pre-quant BPB", "1.1384", True), ("Roundtrip BPB", "1.1459", True), ("TTT time (ms)", "386301", True), ("Size", "15.87 MB", True), ("Params", "26.9", True),
+    ("Size (MB)", "15.97", False), ("Steps", "7154", True), ("ms/step", "83.9", True), ("ms/step", "84.9", False), ("val_loss", "1.8890", True), ("BPB", "1.1189", False)])
+def test_headings_of_other_peoples_tables(heading, cell, fine, tmp_path):
+    log = read_log(PUBLISHED / "pr1084_slot_seed1337.log")
+    text = f"| run | Seed | {heading} |\n|---|---|---|\n| a | **1337** (best) | {cell} |\n| b | Mean | {cell} |\n"
+    verdicts = [v for w, v, _ in report.check_readme(text, [log]) if w.startswith("README, ")]
+    assert all(v == fine for v in verdicts) and (verdicts or "time" in heading or heading == "Params")
+
+
+@needs_published
+def test_a_log_of_the_lineage_that_is_cut_off_is_not_finished(tmp_path):
+    data = (PUBLISHED / "pr1084_slot_seed1337.log").read_bytes()
+    for end in (data.index(b"ttt_sliding:done"), data.index(b"legal_ttt_exact") + 40, data.index(b"legal_ttt val_loss") + 30):
+        (tmp_path / "a.log").write_bytes(data[:end])
+        log = read_log(tmp_path / "a.log")
+        assert log.eval_seconds is None or log.results["ttt_slot"].val_bpb == 1.1188
+        assert log.finished == ("ttt_slot" in log.results)
+    (tmp_path / "two.log").write_bytes(data + b"\n" + (PUBLISHED / "pr1084_slot_seed42.log").read_bytes())
+    with pytest.raises(LogError, match="has 2 runs"):
+        read_log(tmp_path / "two.log")
+    (tmp_path / "tee.log").write_bytes(b"\n".join(b"[rank0]: " + line for line in data.splitlines()))
+    assert read_log(tmp_path / "tee.log").results == read_log(PUBLISHED / "pr1084_slot_seed1337.log").results
+
+
+@needs_published
+def test_configurations_that_only_the_log_tells_apart_are_not_mixed():
+    one, other, _ = published("pr1084_slot*")
+    assert report.differing([one, other]) == []
+    other.settings["slot_steps"] = "5"
+    assert report.differing([one, other]) == ["slot_steps"]
+    assert "stages" in report.differing([one, *published("pr1084_baseline*")])
+    assert all(log.eval_seconds > 550 for log in published("pr1488*"))  # with the training on validation tokens
+
+
+@needs_published
 def test_evaluation_time_is_that_of_all_stages(capsys):
     """#1150 stays under 600 s only if TTT is counted alone."""
     assert report.main([*map(str, sorted(PUBLISHED.glob("pr1150*"))), "--check"]) == 1
@@ -267,6 +303,43 @@ def test_check_of_good_logs_passes_and_of_each_fault_fails(tmp_path, capsys):
         assert report.main([str(folder), "--check"]) == 1
         assert any(line.startswith("FAIL") and told in line for line in capsys.readouterr().out.splitlines()), told
         path.write_text(good[path])
+
+
+def test_the_table_that_this_tool_makes_passes_its_own_check(tmp_path, capsys):
+    folder = tmp_path / "record"
+    folder.mkdir()
+    paths = [our_log(folder / f"s{i}.txt", i, 2.5 + i / 100) for i in (1, 2, 3)]
+    (folder / "README.md").write_text("<!-- s1 s2 s3 -->\n<!-- end -->\n\n| seed | bpb |\n|---|---|\n| 9 | 1.0 |\n")
+    assert report.main([*map(str, paths), "--update", str(folder / "README.md"), "--submission", str(folder / "submission.json")]) == 0
+    capsys.readouterr()
+    report.main([str(folder), "--check"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "README, " in line or "submission.json: " in line]
+    assert len(lines) > 50 and [line for line in lines if not line.startswith("ok")] == ["FAIL  README, seed 9: no log of this seed"]
+    text = (folder / "submission.json").read_text()
+    for old, new, told in (('"val_bpb_std": 0.006', '"val_bpb_std": 0.5', "val_bpb_std"), ('"bytes_code": 900', '"bytes_code": 3', "bytes_code"),
+                           ('"train_under_600s": true', '"train_under_600s": false', "compliance"), ('"causal": true,\n  "seeds"', '"causal": false,\n  "seeds"', "causal")):
+        assert old in text
+        (folder / "submission.json").write_text(text.replace(old, new))
+        assert report.main([str(folder), "--check"]) == 1
+        assert any(line.startswith(f"FAIL  submission.json: {told}") for line in capsys.readouterr().out.splitlines()), told
+    for odd in ("[1]", '{"val_bpb": "1.5"}'):
+        (folder / "submission.json").write_text(odd)
+        report.main([str(folder), "--check"])
+
+
+def test_our_console_output_alone_is_ours_too(tmp_path):
+    path = our_log(tmp_path / "a.txt")
+    text = path.read_text()
+    path.write_text(text[text.index("python:"):])
+    log = read_log(path)
+    assert log.style == "this script" and log.eval_seconds == 3 and log.results["ttt"].causal and not log.results["ttt_slot"].causal
+
+
+def test_a_score_that_is_not_finite_is_reported_and_not_submitted(tmp_path, capsys):
+    paths = [our_log(tmp_path / f"s{i}.txt", i) for i in (1, 2)]
+    paths[1].write_text(paths[1].read_text().replace("final_int6_ttt val_loss:2.50000000 val_bpb:1.50000000", "final_int6_ttt val_loss:nan val_bpb:nan"))
+    assert report.main([*map(str, paths), "--submission", str(tmp_path / "s.json")]) == 2 and not (tmp_path / "s.json").exists()
+    assert "a score is not finite" in capsys.readouterr().err
 
 
 def test_files_that_are_no_logs_get_one_line_each_and_the_others_are_reported(tmp_path, capsys):

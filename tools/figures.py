@@ -6,7 +6,7 @@ import numpy as np
 
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # told apart in black and white too
 STEPS = (("before\naveraging", "prequant"), ("float", "averaged"), ("int6", "roundtrip"), ("sliding", "sliding_window"), ("TTT", "ttt"), ("TTT\n+SLOT", "ttt_slot"),
-         ("SLOT", "slot"))
+         ("TTT\n+CTW", "ttt_ctw"), ("SLOT", "slot"), ("CTW", "ctw"))  # the last two start from sliding
 
 
 def name(log):
@@ -24,17 +24,18 @@ def smooth(values, window):
 def curves(axes, logs, by_time):
     """Training loss and validation loss against tokens or time."""
     for k, log in enumerate(logs):
-        style = dict(ls=LINES[k % len(LINES)], color=f"{0.15 * (k % 5):.2f}", lw=1.2)
+        style = dict(ls=LINES[k % len(LINES)], color=f"{0.18 * (k // len(LINES) % 4):.2f}", lw=1.2)
         scale = 1 / 60_000 if by_time else (log.batch_tokens or 1) / 1e6
-        if len(log.train):
-            x = log.train[:, 2 if by_time else 0] * scale
-            axes.plot(x, smooth(log.train[:, 1], max(1, len(x) // 60)), label=f"{name(log)}, training", **style)
+        train = log.train[np.isfinite(log.train[:, 1])]
+        if len(train):
+            x = train[:, 2 if by_time else 0] * scale
+            axes.plot(x, smooth(train[:, 1], max(1, len(x) // 60)), label=f"{name(log)}, training", **style)
         if log.validation:
             points = np.array([(v[3] if by_time else v[0], v[1]) for v in log.validation])
             axes.plot(points[:, 0] * scale, points[:, 1], ls="none", marker="osD^v"[k % 5], ms=4, mfc="white", color=style["color"], label=f"{name(log)}, validation")
     axes.set_xlabel("training time, minutes" if by_time else "training tokens, millions")
     axes.set_ylabel("loss, nats a token")
-    tail = [y for log in logs for y in [*log.train[log.train[:, 0] > 0.03 * (log.steps or 0), 1], *(v[1] for v in log.validation[1:])]]
+    tail = [y for y in (y for log in logs for y in [*log.train[log.train[:, 0] > 0.03 * (log.steps or 0), 1], *(v[1] for v in log.validation[1:])]) if math.isfinite(y)]
     axes.set_title("loss over training " + ("time" if by_time else "tokens"))
     if tail:
         axes.set_ylim(min(tail) - 0.05 * (max(tail) - min(tail)) - 1e-3, max(tail) + 0.05 * (max(tail) - min(tail)) + 1e-3)
@@ -61,7 +62,7 @@ def stream(axes, logs):
     for k, log in enumerate(logs):
         points = running(log)
         if len(points):
-            axes.plot(100 * points[:, 0], points[:, 1], ls=LINES[k % len(LINES)], color=f"{0.15 * (k % 5):.2f}", lw=1.2, label=name(log))
+            axes.plot(100 * points[:, 0], points[:, 1], ls=LINES[k % len(LINES)], color=f"{0.18 * (k // len(LINES) % 4):.2f}", lw=1.2, label=name(log))
             drawn = True
     if not drawn:
         axes.text(0.5, 0.5, "the logs do not say\n(SAVE_NLL=1 keeps it)", ha="center", va="center", transform=axes.transAxes)
@@ -81,8 +82,10 @@ def waterfall(axes, logs):
         return
     values = [v for _, v, _ in found]
     low, span = min(values), max(max(values) - min(values), 1e-4)
+    names = [label for label, *_ in found]
     for k, (label, value, leaks) in enumerate(found):
-        last = values[k - 1] if k else value
+        base = {"SLOT": "sliding", "CTW": "sliding", "TTT\n+SLOT": "TTT", "TTT\n+CTW": "TTT"}.get(label)
+        last = values[names.index(base) if base in names else k - 1] if k else value
         if k:
             axes.bar(k, value - last, bottom=last, color="0.85" if value <= last else "0.45", edgecolor="black", lw=0.8, hatch="///" if leaks else None)
             axes.plot([k - 1.4, k + 0.4], [last, last], color="black", lw=0.6)
@@ -107,7 +110,7 @@ def draw(logs, path):
         waterfall(d, logs)
         handles, labels = a.get_legend_handles_labels()
         if handles:
-            figure.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(labels) / 3), fontsize=7, frameon=False)
+            figure.legend(handles, labels, loc="outside lower center", ncols=min(4, math.ceil(len(labels) / 3)), fontsize=7, frameon=False)
         path = Path(path)
         path = path.with_suffix("") if path.suffix in (".png", ".svg") else path
         figure.savefig(f"{path}.png", dpi=120)

@@ -13,12 +13,16 @@ BLOCK = 1 << 22  # bytes looked at in one go
 SEPARATOR = b"\n" + b"=" * 100 + b"\n"  # after the source that a log opens with
 STAGES = ("roundtrip", "sliding_window", "ttt", "ttt_slot", "ttt_ctw", "slot", "ctw")  # in the order of a table; the last one there is the score
 SECONDS = 1 / 1000
-TRAIN = re.compile(rb"\nstep:(\d+)/\d+ train_loss:(\S+) train_time:(\d+)ms")
-CHUNK = re.compile(rb"\n *ttt_chunk \[(\d+)/(\d+)\] bpb=(\S+) time=")
-OTHER = re.compile(rb"\n((?:step:\d+/\d+ val_loss|final_|legal_ttt|DIAGNOSTIC|post-prequant|prequant_ttt|ttt_sliding:start|Code size|Total submission|Serialized"
+PREFIX = rb"\n(?:\[\w+\]: ?|\x1b\[[0-9;]*m)*"  # torchrun --tee, colours
+TRAIN = re.compile(PREFIX + rb"step:(\d+)/\d+ train_loss:(-?[\d.]+|-?inf|nan) train_time:(\d+)ms")
+CHUNK = re.compile(PREFIX + rb" *ttt_chunk \[(\d+)/(\d+)\] bpb=([\d.]+|inf|nan) time=")
+OTHER = re.compile(PREFIX + rb"((?:step:\d+/\d+ val_loss|final_|legal_ttt|DIAGNOSTIC|post-prequant|prequant_ttt|ttt_sliding:start|Code size|Total submission|Serialized"
                    rb"|stopping_early|stopped by|resuming from|seed:|model_params|world_size|train_batch_tokens|iterations|train_shards|settings:|python:|error:"
-                   rb"|log:|pass_|eval_total|training steps|quantised|artifact|train_loader|val_loader|val_bpb:|XSA|xsa|attention_mode|tie_embeddings|mtp_"
+                   rb"|log:|pass_|Running PyTorch|\| +\d+ +NVIDIA|eval_total|training steps|quantised|artifact|train_loader|val_loader|val_bpb:|XSA|xsa|attention_mode|tie_embeddings|mtp_"
                    rb"|num_heads|average|late_qat|swa:|ema:|peak|logs/)[^\n]{0,4000})")
+
+
+WHOLE = re.compile(rb"(val_bpb:\d+\.\d{8}|\d+ms|\d bytes)\r?$")
 
 
 class LogError(Exception):
@@ -70,8 +74,14 @@ class Log:
     lines: list = dataclasses.field(default_factory=list)  # labels of result lines, for uniqueness
     finished: bool = False
     prequant_ttt: bool = False
+    prequant_seconds: float = 0.0  # of training on validation tokens
     errors: list = dataclasses.field(default_factory=list)
     resumed: int = 0
+    stopped: bool = False
+    started: set = dataclasses.field(default_factory=set)  # stages that the lineage says it begins
+    begun: int = 0  # runs in this file
+    last_step: int = 0
+    progress: str = ""  # the last line of a pass that is under way
     broken: int = 0  # lines that begin as ours and do not go on so
 
     @property
@@ -88,7 +98,7 @@ def columns(rows, count):
 
 def read_log(path):
     """The Log of a file, or of a folder logs/RUN_ID. Raises LogError."""
-    path = Path(path)
+    path = Path(path).resolve() if str(path) in (".", "..") else Path(path)
     path = path.with_name(path.name + ".txt") if path.is_dir() and not path.name.endswith(".txt") else path
     log, train, chunks, rest = Log(path), [], [], []
     try:
@@ -98,7 +108,7 @@ def read_log(path):
                 raise LogError(f"{path}: is empty")
             if b"\0" in head[:1 << 16]:
                 raise LogError(f"{path}: is binary, no log")
-            file.seek(max(0, head.rfind(SEPARATOR) + len(SEPARATOR) - 1) if SEPARATOR in head else 0)
+            file.seek(max(0, head.find(SEPARATOR) + len(SEPARATOR) - 1) if SEPARATOR in head else 0)
             left = b"" if SEPARATOR in head else b"\n"
             while block := file.read(BLOCK):
                 block = left + block
@@ -107,15 +117,19 @@ def read_log(path):
                 train.append(columns(TRAIN.findall(block), 3))
                 chunks.append(columns(CHUNK.findall(block), 3))
                 rest += OTHER.findall(block)
+                if (at := block.rfind(b"\nprogress:")) >= 0:  # of many only the last is of use
+                    log.progress = block[at + 1:].split(b"\n", 1)[0].decode(errors="replace")
                 left = left if len(left) < BLOCK else b""  # a line of megabytes is no line of ours
-            for pattern, found in ((TRAIN, train), (CHUNK, chunks)):
-                found.append(columns(pattern.findall(left), 3))
-            rest += OTHER.findall(left)
+            if WHOLE.search(left):  # the last line, without an end: only if it cannot have been cut off
+                rest += OTHER.findall(left)
+            elif OTHER.search(left) or TRAIN.search(left):
+                log.broken += 1
     except OSError as why:
         raise LogError(f"{path}: {why.strerror}") from None
     except ValueError as why:
         raise LogError(f"{path}: has a number that is none: {str(why)[:80]}") from None
     log.train, chunks = np.concatenate(train), np.concatenate(chunks)
+    log.last_step = int(log.train[-1, 0]) if len(log.train) else 0
     _, last = np.unique(log.train[::-1, 0], return_index=True)  # a run that was resumed repeats steps; the last time counts
     log.train = log.train[len(log.train) - 1 - last]
     log.running = np.stack([chunks[:, 0] / np.maximum(chunks[:, 1], 1), chunks[:, 2]], 1)
@@ -127,6 +141,8 @@ def read_log(path):
             log.broken += 1
     if not (len(log.train) or log.validation or log.results):
         raise LogError(f"{path}: has no line of a training log")
+    if log.begun > 1:
+        raise LogError(f"{path}: has {log.begun} runs; give each a file of its own")
     finish(log)
     return log
 
@@ -136,21 +152,34 @@ def fields(text):
     return dict(re.findall(r"(\w+)[:=](\S+)", text))
 
 
+def milliseconds(text):
+    """Number of a time like 12ms. Raises ValueError."""
+    if not re.fullmatch(r"[\d.]+ms", text):
+        raise ValueError(text)
+    return float(text[:-2])
+
+
 def take(log, line, method):
     """Note what a line says; the method that lines about TTT are of."""
     label, found = line.split(" ", 1)[0].rstrip(":"), fields(line)
     if line.startswith("step:"):
         step, total = map(int, label[5:].split("/"))
         log.iterations = total
-        log.validation.append((step, float(found["val_loss"]), float(found["val_bpb"]), float(found.get("train_time", "0ms")[:-2])))
+        log.begun += step == 0 and not log.resumed and log.style != "this script"
+        log.validation.append((step, float(found["val_loss"]), float(found["val_bpb"]), milliseconds(found.get("train_time", "0ms"))))
     elif label.startswith(("final_", "legal_ttt")) and "val_bpb" in found:
         take_result(log, label, found, method)
     elif label in ("DIAGNOSTIC", "post-prequant-ttt") and "val_bpb" in found:
         log.averaged = Result("averaged", label, float(found["val_loss"]), float(found["val_bpb"]))
     elif label.startswith("prequant_ttt"):
         log.prequant_ttt = True
+        spent = re.search(r"(?:elapsed=|seconds:|time:)([\d.]+)", line)
+        log.prequant_seconds = max(log.prequant_seconds, float(spent[1])) if spent else log.prequant_seconds
     elif label.startswith("ttt_sliding"):
         method = "ttt_slot" if "slot_steps" in found else "ttt_ctw" if float(found.get("ctw_weight", 0)) else "ttt"
+        if line.startswith("ttt_sliding:start"):
+            log.started.add(method)
+            log.settings |= found
     elif line.startswith(("Code size:", "Total submission size")):
         number = int(re.search(r": (\d+) bytes", line)[1]) if re.search(r": (\d+) bytes", line) else None
         if line.startswith("Code"):
@@ -159,17 +188,25 @@ def take(log, line, method):
             log.total_bytes = number
     elif label == "settings":
         log.settings, log.style = dict(word.split("=", 1) for word in line.split()[1:] if "=" in word), "this script"
+        log.begun += 1
         log.seed, log.batch_tokens = int(log.settings.get("SEED", -1)), int(log.settings.get("TRAIN_BATCH_TOKENS", 0)) or None
         log.prequant_ttt |= log.settings.get("PREQUANT_TTT_ENABLED") == "1"
     elif label == "python" or line.startswith("python:"):
+        log.style, log.errors, log.stopped = "this script", [], False  # it goes on after what stopped it
         log.torch, log.world_size = found.get("torch"), int(found.get("world_size", 1))
         log.hardware = line.split("device:", 1)[-1].split(" dtype:")[0]
     elif label == "eval_total":
-        log.eval_seconds, log.finished = float(found["eval_time"][:-2]) * SECONDS, True
+        log.eval_seconds, log.finished = milliseconds(found["eval_time"]) * SECONDS, True
     elif label == "training":
-        log.steps, log.train_seconds = int(found["steps"]), float(found["train_time"][:-2]) * SECONDS
+        log.steps, log.train_seconds = int(found["steps"]), milliseconds(found["train_time"]) * SECONDS
     elif line.startswith("stopping_early"):
-        log.train_seconds, log.steps = float(found["train_time"][:-2]) * SECONDS, int(found["step"].split("/")[0])
+        log.train_seconds, log.steps = milliseconds(found["train_time"]) * SECONDS, int(found["step"].split("/")[0])
+    elif line.startswith("stopped by"):
+        log.stopped = True
+    elif line.startswith("Running PyTorch"):
+        log.torch = line.split()[2]
+    elif "NVIDIA" in line:
+        log.hardware = re.search(r"NVIDIA [\w ]*?(?= {2,})", line)[0]
     elif line.startswith("error:"):
         log.errors.append(line)
     elif line.startswith("resuming from"):
@@ -198,12 +235,15 @@ def take_result(log, label, found, method):
     """A result line: the short one has the time, the "_exact" one the digits."""
     exact, name = label.endswith("_exact"), label.removesuffix("_exact").removeprefix("final_").removeprefix("int6_").removeprefix("int8_zlib_")
     loss, bpb = float(found["val_loss"]), float(found["val_bpb"])
-    seconds = float(found["eval_time"][:-2]) * SECONDS if "eval_time" in found else None
+    seconds = milliseconds(found["eval_time"]) * SECONDS if "eval_time" in found else None
+    causal = {"yes": True, "no": False}.get(found.get("causal"))
+    if causal is not None and "tokens" in found:
+        log.style = "this script"
     second, name = name.endswith("_s64"), name.removesuffix("_s64")
     if label.startswith("legal_ttt"):
         name = method
     if name.startswith("float_"):
-        log.averaged = Result("averaged", label, loss, bpb, seconds)
+        log.averaged = Result("averaged", label, loss, bpb, seconds, causal, found.get("breaks", ""))
         return
     log.lines.append(label)
     if exact and label.startswith(("final_int8_zlib", "final_int6_roundtrip")):
@@ -213,7 +253,8 @@ def take_result(log, label, found, method):
             return
     if label.startswith("final_int8_zlib") and "roundtrip" not in log.results:
         log.style = "baseline"
-    causal = {"yes": True, "no": False}.get(found.get("causal"))
+    if name == "slot" and "steps" in found and log.style == "lineage":
+        log.settings |= {"slot_steps": found["steps"], "slot_lr": found.get("lr")}
     result = Result(name, label.removesuffix("_exact"), loss, bpb, seconds, causal, found.get("breaks", ""), *(int(found[key]) if key in found else None for key in ("tokens", "bytes", "stride")))
     if second:
         old = next((r for r in log.extra if r.stage == name), None)
@@ -244,9 +285,11 @@ def finish(log):
             log.step_avg = log.validation[-1][3] / log.steps
     if log.style != "this script":
         times = [r.seconds for r in [*log.results.values(), *log.extra] if r.seconds is not None]
-        log.eval_seconds = sum(times) if times else None
-        log.finished = bool(log.results)
-        for result in [*log.results.values(), *log.extra]:  # what #1084's and #1313's SLOT do is known: SPEC.md's table
+        log.finished = bool(log.results) and log.started <= set(log.results)
+        log.eval_seconds = sum(times) + log.prequant_seconds if times and log.finished else None
+        found = [r for r in [*log.results.values(), *log.extra, log.averaged] if r and r.causal is None and log.style == "lineage"]
+        for result in found:  # what #1084's and #1313's SLOT do is known
             leak = result.stage.endswith("slot")
             result.causal = not (leak or log.prequant_ttt)
             result.breaks = ",".join(["C1", "C2"] * leak + ["C3"] * (leak or log.prequant_ttt))
+    log.begun = min(log.begun, 1) if log.style == "this script" and log.resumed else log.begun

@@ -55,8 +55,8 @@ def table(logs):
     if len(logs) > 1:
         columns = [[row[n][0] for row in found if n in row] for n in names]
         digits = [4 if n in ("before averaging", "float", *NAMES.values()) else 1 if n in ("step average", "evaluation") else 0 for n in names]
-        rows.append(["mean", *(f"{statistics.mean(c):,.{d}f}" for c, d in zip(columns, digits))])
-        rows.append(["std", *(f"{statistics.stdev(c):,.{d + (d == 4)}f}" if len(c) > 1 else "-" for c, d in zip(columns, digits))])
+        rows.append(["mean", *(f"{np.mean(c):,.{d}f}" for c, d in zip(columns, digits))])
+        rows.append(["std", *(f"{np.std(c, ddof=1):,.{d + (d == 4)}f}" if len(c) > 1 else "-" for c, d in zip(columns, digits))])
     return rows
 
 
@@ -72,7 +72,10 @@ def notes(logs):
     lines, stages = [], [s for s in STAGES if any(s in log.results for log in logs)]
     leaks = {s: {r.breaks for log in logs if (r := log.results.get(s)) and r.causal is False} for s in stages}
     told = [f"{NAMES[s]} (breaks {' / '.join(sorted(b for b in leaks[s] if b)) or '?'})" for s in stages if leaks[s]]
-    lines.append("Bits a byte. " + (f"Not causal, no compression result: {', '.join(told)}. " if told else "All causal. ") +
+    if any(log.averaged and log.averaged.causal is False for log in logs):
+        told.insert(0, "float, after training on the validation tokens (breaks C3)")
+    unknown = any(r.causal is None for log in logs for r in log.results.values()) or not stages
+    lines.append("Bits a byte. " + (f"Not causal, no compression result: {', '.join(told)}. " if told else "" if unknown else "All causal. ") +
                  "Evaluation: all stages together.")
     size = {(r.tokens, r.bytes) for log in logs for r in log.results.values() if r.tokens and r.bytes}
     lines += [f"{n:,} targets, {b:,} bytes of text scored." for n, b in sorted(size)]
@@ -123,6 +126,9 @@ def welch(ours, theirs, margin):
     """(t, degrees of freedom, one-sided p) that ours [n] are lower than theirs [m] by more than margin; nan where a side has one value."""
     if min(len(ours), len(theirs)) < 2:
         return math.nan, math.nan, math.nan
+    if not np.ptp(ours) and not np.ptp(theirs):
+        gain = theirs[0] - margin - ours[0]
+        return math.copysign(math.inf, gain) if gain else 0.0, len(ours) + len(theirs) - 2, 0.0 if gain > 0 else 1.0
     found = stats.ttest_ind(np.asarray(theirs) - margin, ours, equal_var=False, alternative="greater")
     return float(found.statistic), float(found.df), float(found.pvalue)
 
@@ -133,12 +139,21 @@ def needed(ours, theirs, margin, level=0.01):
     if gain <= 0 or min(len(ours), len(theirs)) < 2:
         return None
     variance = [statistics.variance(x) for x in (ours, theirs)]
-    for n in range(2, 100_000):
-        error = math.sqrt(sum(variance) / n)
-        freedom = (n - 1) * sum(variance) ** 2 / sum(v * v for v in variance) if sum(variance) else 2 * n - 2
-        if not error or stats.t.sf(gain / error, freedom) < level:
-            return n
-    return None
+    if not sum(variance):
+        return 2
+
+    def enough(n):
+        freedom = (n - 1) * sum(variance) ** 2 / sum(v * v for v in variance)
+        return stats.t.sf(gain / math.sqrt(sum(variance) / n), freedom) < level
+
+    high = 2
+    while not enough(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def nats(log, stage):
@@ -161,6 +176,9 @@ def against(ours, theirs, stage=None):
         many = f"{enough} seeds a side would give p < 0.01" if enough else "no number of seeds would show it"
         lines.append(f"better by more than {margin:g} nats: " + (f"t {t:.2f}, {freedom:.1f} degrees of freedom, p {p:.2g} (Welch, one-sided); {many}"
                                                                  if not math.isnan(t) else "needs two seeds on each side"))
+    texts = [{(r.tokens, r.bytes) for log in group if (r := log.results.get(s))} for group, s in ((ours, of_ours), (theirs, of_theirs))]
+    if texts[0] != texts[1]:
+        lines.append("The logs do not say that both sides scored the same text.")
     causal = [{log.results[s].causal for log in group} for group, s in ((ours, of_ours), (theirs, of_theirs))]
     if causal[0] != causal[1]:
         lines.append("Only one side is causal: the difference says nothing about which model compresses better.")
@@ -190,7 +208,10 @@ def differing(logs):
     free = {"SEED", "RUN_ID", "RESUME", "seed", "train_time", "step_avg", "val_loss", "val_bpb", "time", "elapsed", "loss", "epoch"}
     names = {n for log in logs for n in log.settings} - free
     found = sorted(n for n in names if len({log.settings.get(n) for log in logs}) > 1)
-    return found + ["bytes of code"] * (len({log.code_bytes for log in logs}) > 1) + ["parameters"] * (len({log.parameters for log in logs}) > 1)
+    others = {"bytes of code": lambda log: log.code_bytes, "parameters": lambda log: log.parameters, "number of ranks": lambda log: log.world_size,
+              "hardware": lambda log: log.hardware, "stages": lambda log: tuple(log.results), "scored text": lambda log: tuple(
+                  sorted({(r.tokens, r.bytes) for r in log.results.values() if r.tokens}))}
+    return found + [name for name, value in others.items() if len({value(log) for log in logs}) > 1]
 
 
 def check_logs(logs):
@@ -208,66 +229,137 @@ def check_logs(logs):
         repeated = sorted({label for label in log.lines if log.lines.count(label) > 1})
         yield f"{name}: one number a label", not repeated, f"twice or more: {', '.join(repeated)}" if repeated else f"{len(log.lines)} labels"
         yield f"{name}: labels say what they are", not log.mislabelled, "; ".join(log.mislabelled) or "all"
+        if log.prequant_ttt:
+            yield f"{name}: no training on validation tokens before scoring", False, f"{log.prequant_seconds:.1f} s of it, counted as evaluation"
         if score:
+            yield f"{name}: the score is finite", math.isfinite(score.val_bpb), f"{score.val_bpb}"
             yield f"{name}: the score is causal", score.causal, f"{NAMES[score.stage]} {score.val_bpb:.8f}" + (f" breaks {score.breaks}" if score.breaks else "")
     if len(logs) > 1:
         differ = differing(logs)
         yield "settings equal over seeds", not differ, ", ".join(differ) or f"{len(logs[0].settings)} settings"
-        seeds = [log.seed for log in logs]
-        yield "seeds differ", len(set(seeds)) == len(seeds), ", ".join(map(str, seeds))
-    yield "three seeds", len({log.seed for log in logs}) >= 3, f"{len(logs)} logs"
+    seeds = [log.seed for log in logs]
+    if len(logs) > 1:
+        yield "seeds differ", None if None in seeds else len(set(seeds)) == len(seeds), ", ".join(map(str, seeds))
+    yield "three seeds", None if None in seeds else len(set(seeds)) >= 3, f"{len(logs)} logs"
 
 
-HEADINGS = (  # heading of a table in a README -> what a log says of it, most special first
-    (r"seed", lambda log: log.seed), (r"step.?_?avg|ms", lambda log: log.step_avg), (r"steps", lambda log: log.steps),
-    (r"pre.?ttt|sliding", lambda log: log.results["sliding_window"].val_bpb), (r"gain|delta|\+/-|Δ", None), (r"time|seconds", None),
-    (r"artifact|bytes|size", lambda log: log.total_bytes), (r"post.?ttt|ttt|slot|bpb", lambda log: log.score.val_bpb), (r"val.?loss|nats", lambda log: log.score.val_loss))
+SKIP = object()
+HEADINGS = (  # heading of a table in somebody's README -> what a log says of it, most special first; SKIP: not compared
+    (r"gain|delta|Δ|\+/-|param|notes?$|time|seconds|hardware|gpu", SKIP), (r"step.?_?(avg|average|time)|\bms\b", lambda log: log.step_avg), (r"\bsteps?\b", lambda log: log.steps),
+    (r"pre.?(quant|avg|average)", lambda log: log.prequant.val_bpb), (r"round.?trip", lambda log: log.results["roundtrip"].val_bpb),
+    (r"pre.?ttt|sliding", lambda log: log.results["sliding_window"].val_bpb), (r"artifact|bytes|size", lambda log: log.total_bytes),
+    (r"val.?loss|nats", lambda log: log.score.val_loss), (r"ttt|slot|bpb|score", lambda log: log.score.val_bpb))
+
+
+def getter(title, titles):
+    """Function of a log that gives the number a column is about, or SKIP: our own tables' columns by name, others by what they are like."""
+    own = {name.lower(): name for name in ("steps", "step average", "before averaging", "float", *NAMES.values(), "evaluation", "artifact + code")}
+    name = title.lower()
+    if name in own and "int6 roundtrip" in titles:
+        return lambda log: cells(log)[own[name]][0]
+    return next((find for pattern, find in HEADINGS if re.search(pattern, name)), SKIP)
+
+
+def compare(where, title, told, values):
+    """(what, verdict, detail) of a cell against the numbers that the logs allow, None if it says no number."""
+    number = re.search(r"-?\d[\d,]*\.?\d*", told)
+    if number is None or not values:
+        return None
+    unit = re.search(r"\b([KM])i?B\b", f"{told} {title}", re.I)
+    scale = {None: 1, "K": 1e3, "M": 1e6}[unit[1].upper() if unit else None]
+    digits, plain = len(number[0].partition(".")[2]), number[0].replace(",", "")
+    shown = [f"{value / scale:.{digits}f}" for value in values]
+    return f"README, {where}, {title}", plain in shown, f"{number[0]}, the log says {' or '.join(f'{v / scale:,.{digits}f}' for v in values)}"
+
+
+def tables(text, logs):
+    """(header, rows, logs) of each table that has a column of seeds. Between <!-- NAMES --> and <!-- end --> it is about the logs of these names."""
+    header, rows, mine, about = None, [], logs, logs
+    for line in [*text.splitlines(), ""]:
+        marker = re.fullmatch(r"<!-- (.*?) -->", line.strip())
+        if marker:
+            named = [log for log in logs if log.path.stem in marker[1].split()]
+            mine = named if named and len(named) == len(marker[1].split()) else [] if marker[1] != "end" and named else logs
+        cells_ = [cell.strip(" *`") for cell in line.strip().strip("|").split("|")] if line.strip().startswith("|") else []
+        if header and not cells_:
+            yield header, rows, about
+            header = None
+        elif any(re.fullmatch("seeds?", cell, re.I) for cell in cells_):
+            header, rows, about = cells_, [], mine
+        elif header and len(cells_) == len(header) and not set("".join(cells_)) <= set("-: "):
+            rows.append(cells_)
+
+
+def numbers(find, logs):
+    """What find gives of each log that has it."""
+    found = []
+    for log in logs:
+        try:
+            found.append(find(log))
+        except (KeyError, AttributeError):
+            continue
+    return [value for value in found if value is not None]
 
 
 def check_readme(text, logs):
-    """Checks of a README's tables that have a column of seeds: each cell against the log of its seed."""
-    rows = [[cell.strip(" *`") for cell in line.strip().strip("|").split("|")] for line in text.splitlines() if line.strip().startswith("|")]
-    header, seen = None, 0
-    for row in rows:
-        if any(re.fullmatch("seed", cell, re.I) for cell in row):
-            header = [next((f for p, f in HEADINGS if re.search(p, cell, re.I)), None) for cell in row]
-            titles = row
-            continue
-        log = next((log for log in logs if row and str(log.seed) == row[0]), None)
-        if not header or not log or len(row) != len(header):
-            continue
-        for title, told, find in zip(titles, row, header):
-            number = re.search(r"-?\d[\d,]*\.?\d*", told)
-            try:
-                value = find(log) if find else None
-            except (KeyError, AttributeError):
-                value = None
-            if value is None or number is None or title.lower() == "seed":
-                continue
-            digits = len(number[0].partition(".")[2])
-            same = f"{value:.{digits}f}" == number[0].replace(",", "")
-            seen += 1
-            yield f"README, seed {log.seed}, {title}", same, f"{number[0]}, the log says {value:,.{digits}f}"
+    """Checks of a README's tables of seeds: each cell against the log of its seed, means and deviations against all of the table's logs."""
+    seen = 0
+    for header, rows, mine in tables(text, logs):
+        column = next(i for i, cell in enumerate(header) if re.fullmatch("seeds?", cell, re.I))
+        told = [re.fullmatch(r"\D*(\d+)\D*", row[column]) for row in rows]
+        group = [log for log in mine if any(m and int(m[1]) == log.seed for m in told)]
+        for row, seed in zip(rows, told):
+            statistic = next((f for word, f in (("mean", np.mean), ("avg", np.mean), ("average", np.mean), ("std", lambda v: np.std(v, ddof=1)))
+                              if re.search(rf"\b{word}\b", row[column], re.I)), None)
+            found = [log for log in mine if seed and log.seed == int(seed[1])]
+            if seed and not found:
+                yield f"README, seed {seed[1]}", False, "no log of this seed"
+            for title, cell in zip(header, row):
+                find = SKIP if header.index(title) == column else getter(title, header)
+                values = [] if find is SKIP else numbers(find, group if statistic else found)
+                if statistic and values:
+                    values = [float(statistic(values))] if len(values) > (statistic not in (np.mean,)) else []
+                verdict = compare(f"seed {seed[1]}" if seed else row[column], title, cell, sorted(set(values)))
+                if verdict and (found or statistic):
+                    seen += 1
+                    yield verdict
     yield "README has a table of seeds", seen > 0, f"{seen} cells compared"
 
 
 def check_submission(found, logs):
-    """Checks of submission.json against the logs."""
-    scores = [log.score for log in logs if log.score]
-    expected = {"val_loss": [r.val_loss for r in scores], "val_bpb": [r.val_bpb for r in scores]}
-    for key, values in expected.items():
-        told = found.get(key, found.get(f"mean_{key}"))
-        if told is None or not values:
-            yield f"submission.json: {key}", None, "not said"
+    """Checks of submission.json against the logs: the scores as means of one stage, then everything that the logs themselves would say."""
+    if not isinstance(found, dict):
+        yield "submission.json is an object", False, type(found).__name__
+        return
+    shared = [s for s in STAGES if logs and all(s in log.results for log in logs)]
+    means = {s: {key: float(np.mean([getattr(log.results[s], key) for log in logs])) for key in ("val_loss", "val_bpb")} for s in shared}
+    told = {key: found.get(key, found.get(f"mean_{key}")) for key in ("val_loss", "val_bpb")}
+    told = {key: value for key, value in told.items() if isinstance(value, (int, float))}
+    stage = next((s for s in shared if found.get("metric") in (s, NAMES[s], *(log.results[s].label for log in logs))), None)
+    if stage is None and told and means:
+        key = "val_bpb" if "val_bpb" in told else "val_loss"
+        stage = min(means, key=lambda s: abs(means[s][key] - told[key]))
+    for key in ("val_loss", "val_bpb"):
+        if key not in told or stage is None:
+            yield f"submission.json: {key}", None, "not said as a number" if stage else "the logs have no score in common"
             continue
-        candidates = {s: statistics.mean([log.results[s].__dict__[key] for log in logs]) for s in STAGES if all(s in log.results for log in logs)}
-        stage = min(candidates, key=lambda s: abs(candidates[s] - told))
-        digits = len(str(told).partition(".")[2])
-        same = abs(candidates[stage] - told) <= 0.6 * 10 ** -min(digits, 8)
-        yield f"submission.json: {key}", same, f"{told}, the mean of {NAMES[stage]} is {candidates[stage]:.8f}"
-    size = max((log.total_bytes for log in logs if log.total_bytes), default=None)
-    told = found.get("bytes_total")
-    yield "submission.json: bytes_total", None if size is None or told is None else told == size, f"{told}, the largest in the logs is {size}"
+        digits = len(str(told[key]).partition(".")[2])
+        yield (f"submission.json: {key}", abs(means[stage][key] - told[key]) <= 0.6 * 10 ** -min(digits, 8),
+               f"{told[key]}, the mean of {NAMES[stage]} is {means[stage][key]:.8f}")
+    if stage and "causal" in found:
+        causal = all(log.results[stage].causal for log in logs)
+        yield "submission.json: causal", found["causal"] == causal, f"{found['causal']}, {NAMES[stage]} is {'' if causal else 'not '}causal"
+    try:
+        expected = submission(logs)
+    except LogError:
+        expected = {key: max((getattr(log, key.replace("bytes_", "") + "_bytes") or 0 for log in logs), default=0) or None for key in ("bytes_total", "bytes_code")}
+    if expected.get("metric") not in (None, *(log.results[stage].label for log in logs if stage)):
+        expected = {key: expected[key] for key in ("bytes_total", "bytes_code", "seeds")}  # the file is about another stage than we would choose
+    for key in ("val_loss_std", "val_bpb_std", "seeds", "seed_results", "bytes_total", "bytes_code", "hardware", "pytorch_version", "compliance"):
+        if key in found and expected.get(key) is not None:
+            near = isinstance(expected[key], float) and isinstance(found[key], float) and abs(found[key] - expected[key]) < 6e-5
+            what = "largest in the logs is" if key.startswith("bytes") else "logs say"
+            yield f"submission.json: {key}", near or found[key] == expected[key], f"{found[key]}, the {what} {expected[key]}"
 
 
 def check(paths, logs):
@@ -282,7 +374,7 @@ def check(paths, logs):
             told = {log.code_bytes for log in logs}
             verdicts.append(("train_gpt.py is what the logs counted", told == {size}, f"{size:,} bytes, the logs say {', '.join(map(str, told))}"))
         if (folder / "README.md").is_file():
-            verdicts += check_readme((folder / "README.md").read_text(), logs)
+            verdicts += check_readme((folder / "README.md").read_text(errors="replace"), logs)
         if (folder / "submission.json").is_file():
             try:
                 verdicts += check_submission(json.loads((folder / "submission.json").read_text()), logs)
@@ -308,6 +400,11 @@ def submission(logs, author=None, github_id=None, date=None, name=None, track=No
     stages = [s for s in STAGES if all(s in log.results and log.results[s].causal for log in logs)]
     if not stages:
         raise LogError("no causal score that all logs have")
+    seeds = [log.seed for log in logs]
+    if None in seeds or len(set(seeds)) < len(seeds):
+        raise LogError(f"seeds must be known and different, they are {', '.join(map(str, seeds))}")
+    if not all(math.isfinite(log.results[s].val_bpb) for log in logs for s in stages):
+        raise LogError("a score is not finite")
     stage = min(stages, key=lambda s: statistics.mean(log.results[s].val_bpb for log in logs))
     values = {key: [getattr(log.results[stage], key) for log in logs] for key in ("val_loss", "val_bpb")}
 
@@ -315,16 +412,15 @@ def submission(logs, author=None, github_id=None, date=None, name=None, track=No
         found = [value(log) for log in logs]
         return None if any(x is None for x in found) else all(map(test, found))
 
-    machines = {log.hardware and f"{log.hardware}, {log.world_size} process{'es' * (log.world_size > 1)}" for log in logs}
+    machines = {log.hardware and f"{log.hardware}, {log.world_size} process{'es' * ((log.world_size or 1) > 1)}" for log in logs}
     versions = {log.torch for log in logs}
     return {
         "name": name, "author": author, "github_id": github_id, "date": date, "track": track, "blurb": blurb,
         **{key: round(statistics.mean(v), 8) for key, v in values.items()},
         **{key + "_std": round(statistics.stdev(v), 8) if len(v) > 1 else None for key, v in values.items()}, "std_ddof": 1,
-        "metric": f"final_int6_{stage}", "causal": True, "seeds": [log.seed for log in logs],
+        "metric": logs[0].results[stage].label, "causal": True, "seeds": [log.seed for log in logs],
         "seed_results": {str(log.seed): {key: getattr(log.results[stage], key) for key in values} for log in logs},
-        "bytes_total": max((log.total_bytes for log in logs if log.total_bytes), default=None),
-        "bytes_code": max((log.code_bytes for log in logs if log.code_bytes), default=None),
+        **{f"bytes_{key}": max(found) if all(found := [getattr(log, f"{key}_bytes") for log in logs]) else None for key in ("total", "code")},
         "hardware": machines.pop() if len(machines) == 1 else None, "pytorch_version": versions.pop() if len(versions) == 1 else None,
         "compliance": {
             "train_under_600s": every(lambda log: log.train_seconds, lambda s: s <= SECONDS + 1), "eval_under_600s": every(
@@ -337,27 +433,33 @@ def submission(logs, author=None, github_id=None, date=None, name=None, track=No
 
 def status_line(log, width):
     """One line on a run: a bar, step or stage, loss, tokens a second, time left."""
-    total, step = log.iterations or int(log.settings.get("ITERATIONS", 0)), int(log.train[-1, 0]) if len(log.train) else 0
-    cap = float(log.settings.get("MAX_WALLCLOCK_SECONDS", 0)) or math.inf
-    if log.finished or log.errors:
-        what = log.errors[-1] if log.errors else "done: " + "  ".join(f"{NAMES[s]} {r.val_bpb:.4f}" for s, r in log.results.items())
-        return what[:width]
+    total, step = log.iterations or int(log.settings.get("ITERATIONS", 0)), log.last_step
+    cap = float(log.settings.get("MAX_WALLCLOCK_SECONDS", log.settings.get("max_wallclock_seconds", 0))) or math.inf
+    scores = "  ".join(f"{NAMES[s]} {r.val_bpb:.4f}" for s, r in log.results.items())
+    if log.finished or log.errors or log.stopped:
+        return (log.errors[-1] if log.errors else "stopped by a signal; RESUME=1 goes on" if log.stopped else "done: " + scores)[:width]
     if log.averaged or log.results:
-        return ("evaluating  " + "  ".join(f"{NAMES[s]} {r.val_bpb:.4f}" for s, r in log.results.items()))[:width]
+        found = re.search(r"progress:(\S+) window:(\d+)/(\d+).* seconds:([\d.]+)", log.progress)
+        under_way = ""
+        if found and found[1].split("+")[-1] not in log.results and int(found[2]):
+            share = int(found[2]) / int(found[3])
+            under_way = f"  {found[1]} {100 * share:.0f} %  {float(found[4]) * (1 - share) / share:,.0f} s left"
+        return (f"evaluating  {scores}{under_way}")[:width]
     if not step or not total:
         return "starting"
-    seconds = log.train[-1, 2] / 1000
+    at = np.searchsorted(log.train[:, 0], step)
+    seconds = log.train[at, 2] / 1000
     share = max(step / total, seconds / cap)
     left = min((total - step) * seconds / step, cap - seconds)
     tokens = (log.batch_tokens or 0) * step / max(seconds, 1e-9)
-    text = f" {100 * share:3.0f} %  step {step}/{total}  loss {log.train[-1, 1]:.4f}  {tokens:,.0f} tokens/s  {left:,.0f} s left"
+    text = f" {100 * share:3.0f} %  step {step}/{total}  loss {log.train[at, 1]:.4f}  {tokens:,.0f} tokens/s  {left:,.0f} s left"
     bar = max(0, min(30, width - len(text) - 2))
     return ("[" + "#" * round(bar * share) + "." * (bar - round(bar * share)) + "]" + text)[:width]
 
 
 def follow(path, pause=2.0, out=sys.stdout):
     """Show a run until it ends: one line that is written over on a terminal, a new line when it changed elsewhere."""
-    last, tty = None, out.isatty()
+    last, tty, silent = None, out.isatty(), 60
     while True:
         try:
             log = read_log(path)
@@ -366,10 +468,12 @@ def follow(path, pause=2.0, out=sys.stdout):
             if not Path(path).exists():
                 raise
             log, line = None, "starting" if "no line" in str(why) or "empty" in str(why) else str(why)
+        if log and time.time() - log.path.stat().st_mtime > silent and not (log.finished or log.errors or log.stopped):
+            line += "  (nothing new for a minute: killed?)"
         if line != last:
             print(("\r\x1b[K" if tty else "") + line, end="" if tty else "\n", file=out, flush=True)
         last = line
-        if log and (log.finished or log.errors):
+        if log and (log.finished or log.errors or log.stopped):
             print(file=out) if tty else None
             return
         time.sleep(pause)
@@ -424,7 +528,7 @@ def write_submission(logs, options):
     path = Path(options.submission)
     words = ("name", "author", "github_id", "date", "track", "blurb")
     old = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps(submission(logs, **{w: getattr(options, w) or old.get(w) for w in words}), indent=2) + "\n")
+    path.write_text(json.dumps(submission(logs, **{w: getattr(options, w) or old.get(w) for w in words}), indent=2, allow_nan=False) + "\n")
 
 
 def main(argv=None):
