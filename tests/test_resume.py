@@ -367,7 +367,8 @@ LONG = dict(TINY, ITERATIONS="100000", VAL_LOSS_EVERY="0", TRAIN_LOG_EVERY="20",
 def begin(env, cwd, *torchrun):
     """The script as a process, plain or under torchrun with these options, once it has trained for 40 steps and saved."""
     command = [sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []), str(ROOT / "train_gpt.py")]
-    child = subprocess.Popen(command, env={**os.environ, **env}, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = subprocess.Popen(command, env={**os.environ, **env}, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)])  # whatever the tests run under
     lines = []
     for line in child.stdout:
         lines.append(line)
