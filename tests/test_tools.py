@@ -57,7 +57,7 @@ def test_causal_slot_survives_two_hundred_probes_on_two_ranks(mode, made):
 
 
 @pytest.mark.parametrize("words,message", [(["--artifact", "none.ptz"], "LOAD_ARTIFACT=none.ptz"), (["--artifact", "none.ptz", "SLOT_STEPS"], "SLOT_STEPS: not a setting"),
-                                           (["--artifact", "x", "--preset", "pr1"], "PRESET=pr1: allowed: pr549"), (["--artifact", "x", "SLOT_STEPS=0"], "SLOT_STEPS=0")])
+                                           (["--artifact", "x", "--preset", "pr1"], "PRESET=pr1: allowed: pr1084"), (["--artifact", "x", "SLOT_STEPS=0"], "SLOT_STEPS=0")])
 def test_audit_refuses_bad_input_with_one_message(words, message, made):
     folder, env, _ = made
     done = tool("audit", words, env, folder)
