@@ -852,7 +852,7 @@ class Averages:
 		tokens, losses = torch.from_numpy(data.held_out.astype(np.int64)).to(run.device), {}
 		inputs, targets = (t.view(-1, data.T).split(8)[run.rank::run.world] for t in (tokens[:-1], tokens[1:]))
 		found = {"raw": [p.detach().clone() for p in self.params], "ema": self.ema, "swa": self.swa if self.snapshots else []}
-		for name, weights in ((name, weights) for name, weights in found.items() if weights):
+		for name, weights in ((n, w) for n, w in found.items() if w):
 			torch._foreach_copy_(self.params, weights)
 			total = torch.zeros((), device=run.device, dtype=torch.float64)
 			for ids, goal in zip(inputs, targets):  # plain trunk: no compiling on the clock
@@ -1328,7 +1328,7 @@ def evaluate(c, run, model, val, weights, labels):
 		with put_back(model.parameters()):
 			results = score(run, model, val, [(label, c) for label in group], progress)
 		run.metric(f"pass_{weights}_{'+'.join(group)}", eval_time=1000 * progress.seconds)
-		for label, (nats, seconds) in (row for row in zip(group, results) if f"final_{weights}_{row[0]}" not in run.rows):
+		for label, (nats, seconds) in (r for r in zip(group, results) if f"final_{weights}_{r[0]}" not in run.rows):
 			loss, bpb = mean_and_bpb(val, nats)
 			broken = broken_conditions(c, label)
 			if c.save_nll and run.rank == 0 and weights == "int6":
@@ -1492,8 +1492,8 @@ def main():
 		os._exit(getattr(done, "code", 130))  # taking gloo down aborts some ranks
 	except Exception as problem:
 		isinstance(problem, (BadInput, Fault, OSError)) or sys.excepthook(*sys.exc_info())
-		if os.environ.get("LOCAL_RANK", "0") != "0":
-			sleep(3)  # the first rank says the same, and torchrun then ends this one
+		if os.environ.get("LOCAL_RANK", "0") != "0" or dist.is_initialized() and isinstance(problem, RuntimeError):
+			sleep(3)  # torchrun names the rank that ends first
 		print(f"error: {problem}", file=sys.stderr, flush=True)
 		os._exit(2 if isinstance(problem, BadInput) else 1)  # at once: a rank must not wait for others in a collective
 if __name__ == "__main__":
