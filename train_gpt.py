@@ -11,8 +11,8 @@ A GPT of 11 layers learns web text in ten minutes on 8 GPUs. What it exports, wi
 "The lineage" is the scripts of #549, #1084 and #1313. Shapes: B batch, T sequence, D model dim, V vocabulary, L layers, H query heads,
 K key/value heads, R scored rows, N targets, W ranks. Tabs indent, and small functions stand together: bytes and lines count.
 """
-import contextlib, dataclasses, difflib, fcntl, functools, hashlib, json, lzma, math, os, re, signal, sys
-from collections import namedtuple
+import contextlib, ctypes, dataclasses, difflib, fcntl, functools, hashlib, json, lzma, math, os, re, signal, sys
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -26,8 +26,7 @@ class Fault(Exception):
 	"""What went wrong on the way. Exit status 1."""
 def refuse(wrong, message, error=BadInput):
 	"""Raise error(message) if wrong."""
-	if wrong:
-		raise error(message)
+	if wrong: raise error(message)
 EVALS, Setting = "roundtrip sliding_window ttt ttt_slot slot ttt_ctw ctw".split(), namedtuple("Setting", "name kind default low high text")
 DEFAULT_BOUNDS = {"int": ("0", "1e9"), "ints": ("0", "1e9"), "float": ("0", "100")}  # of a setting that names none
 SETTINGS = [Setting(name, kind, default, *((low, high) if low else DEFAULT_BOUNDS.get(kind, "--")), text)
@@ -142,8 +141,7 @@ FAMILIES = re.compile("(TTT|SLOT|CTW|MUON|ADAM|EMA|SWA|VE|XSA|BIGRAM|ROPE|QAT|LA
 Config = dataclasses.make_dataclass("Config", [*map(str.lower, NAMES), "explicit"], frozen=True)
 def parse_setting(s, text):
 	"""Value of setting s from its text, "-" for empty. Raises ValueError."""
-	if s.kind == "str":
-		return "" if text == "-" else text
+	if s.kind == "str": return "" if text == "-" else text
 	choices = {"bool": "0|1|false|true", "preset": "|".join(PRESETS)}.get(s.kind, s.kind)
 	if "|" in choices:
 		refuse(text.lower() not in choices.split("|"), "allowed: " + choices.replace("|", ", "), ValueError)
@@ -152,10 +150,8 @@ def parse_setting(s, text):
 	if s.kind == "evals":
 		refuse(set(words) - {*EVALS} and words not in (["auto"], ["none"]), "allowed: auto, none, or a comma list of " + ", ".join(EVALS), ValueError)
 		return tuple(dict.fromkeys(words))
-	try:
-		values = tuple(map(float if s.kind == "float" else int, words))
-	except ValueError:
-		values = (math.nan,)
+	try: values = tuple(map(float if s.kind == "float" else int, words))
+	except ValueError: values = (math.nan,)
 	what = {"ints": "comma list of integers", "int": "integer", "float": "number"}[s.kind]
 	refuse(not all(float(s.low) <= v <= float(s.high) for v in values), f"allowed: {what}, {s.low} to {s.high}", ValueError)  # nan fails too
 	return values if s.kind == "ints" else values[0]
@@ -169,8 +165,7 @@ def load_config(env):
 	preset = PRESETS.get(env.get("PRESET", "").lower(), {})
 	for s in SETTINGS:
 		text = str(env.get(s.name, preset.get(s.name, s.default))).strip()
-		try:
-			values[s.name.lower()] = parse_setting(s, text)
+		try: values[s.name.lower()] = parse_setting(s, text)
 		except ValueError as why:
 			problems.append(f"{s.name}={text}: {why}. {s.text}")
 			values[s.name.lower()] = parse_setting(s, s.default)
@@ -216,16 +211,17 @@ def help_text():
 		lines += [f"  {s.name}={'' if s.default == '-' else s.default} ({s.kind}{bounds})", f"      {s.text}"]
 	lines += ["Evaluators: " + ", ".join(EVALS), "Presets:"]
 	return "\n".join(lines + [f"  {name}: " + " ".join(f"{k}={v}" for k, v in values.items()) for name, values in PRESETS.items()])
-if __name__ == "__main__" and {"--help", "-h"} & set(sys.argv[1:]):
-	sys.exit(print(help_text()))
+if __name__ == "__main__" and {"--help", "-h"} & set(sys.argv[1:]): sys.exit(print(help_text()))
 
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
 
 # ---------- files
-# An artifact, checkpoint or progress file: magic with a version (8 bytes), SHA-256 of the rest (32), then, in an artifact under LZMA:
+# An artifact, checkpoint or progress file: magic with a version (8 bytes), SHA-256 of the rest (32), then, in an artifact in LZMA streams:
 # uint32 length of a JSON header that ends in "tensors": [[name, dtype, shape], ...], the header, those tensors. Reading runs no code.
-MAGIC, EXPANSION = b"PGSLOT\x02\n", 64  # LZMA may grow so many times, or to 32 MiB
+MAGIC, EXPANSION, STREAMS = b"PGSLOT\x02\n", 64, 8  # LZMA may grow so many times, or to 32 MiB
+# weights do not repeat: one literal context and a short search do as well as preset 6 in half the time
+LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=0, pb=0, mf=lzma.MF_HC4, depth=1, nice_len=32)]
 DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.int8, torch.half, torch.float, torch.double)}
 def seal(header, tensors, compress=None):
 	"""A file, as a list of bytes-likes, of a JSON header and CPU tensors by name."""
@@ -233,15 +229,24 @@ def seal(header, tensors, compress=None):
 	head, digest = json.dumps({**header, "tensors": table}).encode(), hashlib.sha256()
 	parts = [len(head).to_bytes(4, "little"), head, *(t.reshape(-1).view(torch.uint8).numpy() for t in tensors.values())]
 	parts = [compress(b"".join(parts))] if compress else parts
-	for part in parts:
-		digest.update(part)
+	for part in parts: digest.update(part)
 	return [MAGIC, digest.digest(), *parts]
+def compress(raw):
+	"""LZMA streams of equal parts of raw, made side by side; the same bytes on any number of cores."""
+	size = max(2**20, -(-len(raw) // STREAMS))
+	with ThreadPoolExecutor(os.cpu_count()) as pool:
+		return b"".join(pool.map(lambda at: lzma.compress(raw[at:at + size], lzma.FORMAT_XZ, lzma.CHECK_NONE, None, LZMA_FILTERS),
+			range(0, len(raw), size)))
 def expand(data):
-	"""Raw bytes of an LZMA stream. Raises ValueError or LZMAError."""
-	decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**27)
-	raw = decoder.decompress(data, max(EXPANSION * len(data), 2**25))
-	refuse(not decoder.eof or decoder.unused_data, f"its LZMA is cut off, followed by something, or grows over {EXPANSION} times", ValueError)
-	return bytearray(raw)
+	"""Raw bytes of LZMA streams. Raises ValueError or LZMAError."""
+	raw, most = bytearray(), max(EXPANSION * len(data), 2**25)
+	for _ in range(STREAMS):
+		decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**27)
+		raw += decoder.decompress(data, most - len(raw))
+		data = decoder.unused_data
+		if not decoder.eof or not data: break
+	refuse(not decoder.eof or data, f"its LZMA is cut off, followed by something, or grows over {EXPANSION} times", ValueError)
+	return raw
 def unseal(data, expand=memoryview):
 	"""(header, tensors by name, views) of a file's bytes. Raises ValueError, or others of what reads them."""
 	refuse(data[:8] != MAGIC or hashlib.sha256(memoryview(data)[40:]).digest() != data[8:40], "wrong checksum", ValueError)
@@ -273,9 +278,12 @@ def write_file(path, parts):
 STOPS = []  # signals that came: (number, time)
 def on_signal(number, frame):
 	"""The first ends the run where it can go on from; another does at once. torchrun passes on what a terminal has sent already."""
-	if STOPS and ("TORCHELASTIC_RUN_ID" not in os.environ or perf_counter() - STOPS[0][1] > 1):
-		os._exit(128 + number)
+	if STOPS and ("TORCHELASTIC_RUN_ID" not in os.environ or perf_counter() - STOPS[0][1] > 1): os._exit(128 + number)
 	STOPS.append((number, perf_counter()))
+def keep_freed_memory(block=2**25, rest=2**31 - 1):
+	"""Let glibc reuse freed blocks of so many bytes, as a GPU's allocator does: the system's zeroing of new ones is a sixth of a step."""
+	with contextlib.suppress(AttributeError, OSError):  # another C library
+		for option, value in ((-3, block), (-1, rest)): ctypes.CDLL(None).mallopt(option, value)
 FORMATS = {"train_time": "{:.0f}ms", "eval_time": "{:.0f}ms", "step_avg": "{:.2f}ms", "seconds": "{:.1f}"}
 
 class Run:
@@ -296,16 +304,16 @@ class Run:
 		if self.cuda:
 			torch.cuda.set_device(self.device)
 			torch.set_float32_matmul_precision("high")
-		elif neighbours > 1:  # torchrun gives each process one thread
-			torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+		else:
+			keep_freed_memory()
+			if neighbours > 1: torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))  # torchrun gives each process one
 	def start(self, c):
 		"""Open the logs, or go on with them; meet the other ranks. Raises BadInput unless RUN_ID is new, or RESUME=1 and settings as then."""
 		restarts, count = (int(os.environ.get("TORCHELASTIC_" + word, 0)) for word in ("MAX_RESTARTS", "RESTART_COUNT"))
 		refuse(restarts and not c.run_id, "RUN_ID=: torchrun --max-restarts needs one, to go on with.")
 		shared, one_node = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1", os.environ.get("LOCAL_WORLD_SIZE", "1") == str(self.world)
 		refuse(restarts and shared and not one_node, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE: must be 1 for --max-restarts on several machines.")
-		if self.rank == 0:
-			self.open(c.resume or restarts)
+		if self.rank == 0: self.open(c.resume or restarts)
 		if self.world > 1 and not dist.is_initialized():  # torchrun keeps its store, where dead ranks' addresses are
 			store = dist.PrefixStore(str(count * one_node), next(dist.rendezvous("env://"))[0])
 			dist.init_process_group("nccl" if self.cuda else "gloo", store=store, rank=self.rank, world_size=self.world)
@@ -318,14 +326,11 @@ class Run:
 		try:
 			self.folder.mkdir(parents=True, exist_ok=True)
 			self.files = [open(path, "a", buffering=1) for path in paths]
-			try:
-				fcntl.flock(self.files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+			try: fcntl.flock(self.files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
 			except OSError as why:  # some file systems have no locks
 				refuse(isinstance(why, BlockingIOError), f"RUN_ID={self.name}: is still running; stop it first, or choose another.")
-			for part in self.folder.glob("*.part"):
-				part.unlink()
-			for path, file in zip(paths, self.files):
-				file.truncate(path.read_bytes().rfind(b"\n") + 1)
+			for part in self.folder.glob("*.part"): part.unlink()
+			for path, file in zip(paths, self.files): file.truncate(path.read_bytes().rfind(b"\n") + 1)
 			rows = [*map(json.loads, paths[1].read_text().splitlines())]
 		except (OSError, ValueError) as why:
 			raise BadInput(f"RUN_ID={self.name}: {why}; run where logs/ can be made and are whole, or choose another.") from None
@@ -347,8 +352,7 @@ class Run:
 	def write(self, i, text):
 		"""Add a line to log i. Raises Fault."""
 		for file in self.files[i:i + 1]:
-			try:
-				file.write(text + "\n")
+			try: file.write(text + "\n")
 			except OSError as why:
 				self.files = []  # this can still be said on the console
 				raise Fault(f"{file.name}: the log cannot grow: {why.strerror}; make room, then RUN_ID={self.name} RESUME=1.") from None
@@ -371,24 +375,26 @@ class Run:
 		self.rows[label] = fields
 	def sum(self, tensor):
 		"""Sum over ranks, in place; returns the tensor."""
-		if self.world > 1:
-			dist.all_reduce(tensor)
+		if self.world > 1: dist.all_reduce(tensor)
 		return tensor
 	def share(self, data):
 		"""Rank 0's bytes, on all ranks."""
 		if self.world > 1:
 			size = self.sum(torch.tensor(len(data) * (self.rank == 0), device=self.device)).item()
 			whole = torch.zeros(size, dtype=torch.uint8, device=self.device)
-			if self.rank == 0 and size:
-				whole.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+			if self.rank == 0 and size: whole.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 			dist.broadcast(whole, 0)
 			data = bytearray(whole.cpu().numpy())
 		return data
-	def ask(self, value):
-		"""(rank 0's value, whether a signal has come to any rank), for all ranks."""
-		pair = torch.tensor([value if self.rank == 0 else 0.0, len(STOPS)], dtype=torch.float64, device=self.device)
-		value, stops = self.sum(pair).tolist()
-		return value, stops > 0
+	def put(self, array):
+		"""Tensor of a numpy array on the device; nobody waits for it."""
+		tensor = torch.from_numpy(array)
+		return tensor.pin_memory().to(self.device, non_blocking=True) if self.cuda else tensor
+	def moment(self):
+		"""Now on the device: a CUDA event, or seconds."""
+		event = torch.cuda.Event(enable_timing=True) if self.cuda else perf_counter()
+		self.cuda and event.record()
+		return event
 	def saved(self, kind):
 		"""Paths of a kind, oldest first."""
 		return sorted(self.folder.glob(kind + ".*.ckpt"))
@@ -396,8 +402,7 @@ class Run:
 		"""Write tensors, as they are now, in the background, keeping the file before. Raises Fault if the last time failed."""
 		self.saving.result()
 		if self.rank == 0:
-			for old in self.saved(kind)[:-1]:
-				old.unlink()
+			for old in self.saved(kind)[:-1]: old.unlink()
 			path, tensors = self.folder / f"{kind}.{number:09d}.ckpt", {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
 			self.saving = self.pool.submit(lambda: write_file(path, seal({"settings": self.settings}, tensors)))
 	def restore(self, kind):
@@ -424,6 +429,20 @@ class Run:
 		self.log(f"stopped by a signal; all that was done is in {self.folder}; RUN_ID={self.name} RESUME=1 goes on")
 		sys.exit(128 + (STOPS[0][0] if STOPS else signal.SIGTERM))
 
+class Poll:
+	"""What all ranks agree on. A GPU is not waited for: there an answer is to the question of lag calls ago."""
+	def __init__(self, run, lag=2):
+		self.run, self.lag, self.sent = run, lag * run.cuda, deque()
+	def ask(self, value=0.0, tensor=None):
+		"""[rank 0's value, signals that came to any rank, tensor], or None for the first lag calls."""
+		row = self.run.sum(self.run.put(np.array([value * (self.run.rank == 0), len(STOPS)], dtype=np.float64)))
+		row = row if tensor is None else torch.cat((row, tensor.view(1)))
+		self.sent.append((row.to("cpu", non_blocking=True), self.run.moment()))
+		if len(self.sent) <= self.lag: return None
+		row, asked = self.sent.popleft()
+		self.run.cuda and asked.synchronize()
+		return row.tolist()
+
 # ---------- shards and loader
 # A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then uint16 tokens. All are checked at the start.
 SHARD_START, SCAN_LIMIT = [20240520, 1], 2**29  # bytes of a split up to which all token ids are checked at the start
@@ -435,8 +454,7 @@ def open_shard(path, vocab_size, scan):
 	n = int(header[2])
 	refuse(n < 1 or size != 1024 + 2 * n, f"{path}: the header says {n} tokens, the file has {size} bytes; it must be 1024 + 2 a token. Make it again.")
 	tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(n,))
-	if scan:
-		check_ids(tokens, path, vocab_size)
+	if scan: check_ids(tokens, path, vocab_size)
 	return tokens
 def check_ids(tokens, where, vocab_size):
 	"""Raises BadInput for an id outside the vocabulary."""
@@ -469,15 +487,13 @@ class TrainData:
 		"""Tokens [T+1] of sequence i of the run."""
 		epoch, i = divmod(i, sum(self.counts))
 		for shard in permutation(self.c.seed, epoch, 0, len(self.shards)).tolist():
-			if i < self.counts[shard]:
-				break
+			if i < self.counts[shard]: break
 			i -= self.counts[shard]
 		order = permutation(self.c.seed, epoch, 1 + shard, self.counts[shard])
 		start, path = int(order[0]) % self.T + int(order[i]) * self.T, self.shards[shard].filename
 		try:  # not the map, through which a file that shrinks kills the process
 			tokens = np.fromfile(path, "<u2", self.T + 1, offset=1024 + 2 * start)
-		except OSError as why:
-			raise Fault(f"{path}: {why.strerror}; bring it back, then RESUME=1.") from None
+		except OSError as why: raise Fault(f"{path}: {why.strerror}; bring it back, then RESUME=1.") from None
 		refuse(len(tokens) <= self.T, f"{path}: has shrunk since the start; bring it back, then RESUME=1.", Fault)
 		return tokens
 	def load(self, step):
@@ -506,8 +522,7 @@ class ByteCounts:
 		refuse(not path.is_file(), f"{where}: no such file; run make fineweb (or make demo) or set TOKENIZER_PATH.")
 		refuse(path.name == "fineweb_1024_bpe.model" and path.stat().st_size == 253847,
 			f"{where}: 253,847 bytes is a lookalike that decodes the official shards to garbage; run make fineweb.")
-		try:
-			sp.Load(str(path))
+		try: sp.Load(str(path))
 		except (RuntimeError, OSError) as why:
 			raise BadInput(f"{where}: not a SentencePiece model ({str(why)[:80]}); give that of the shards.") from None
 		refuse(sp.vocab_size() != vocab_size, f"{where}: has {sp.vocab_size()} pieces, VOCAB_SIZE={vocab_size}; they must be equal.")
@@ -569,10 +584,14 @@ def split_banks(state, num_layers):
 	return {n: t for name, whole in state.items()
 		for n, t in zip(matrix_names(name, num_layers), whole if name in BANKS else [whole])}
 def choose_attention(wanted, device):
-	"""(name, causal function of q [B,T,H,d] and k, v [B,T,K,d]). Raises BadInput."""
+	"""(name, causal function of q [B,R,H,d], the last rows, and k, v [B,T,K,d]). Raises BadInput."""
 	def sdpa(q, k, v):
 		q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-		return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+		R, T, mask = q.size(2), k.size(2), None
+		if R < T:  # the mask makes torch choose a kernel that does not know fewer key/value heads
+			k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+			mask = torch.ones(R, T, dtype=torch.bool, device=q.device).tril(T - R)
+		return F.scaled_dot_product_attention(q, k, v, mask, is_causal=R == T, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 	def flash(q, k, v):
 		out = function(q, k, v, causal=True)
 		return out[0] if isinstance(out, tuple) else out  # some return the log-sum-exp too
@@ -585,6 +604,14 @@ def choose_attention(wanted, device):
 			except (ImportError, AttributeError) as why:
 				refuse(wanted == name, f"ATTENTION={name}: {module}: {why}; allowed here: auto or sdpa.")
 	return "sdpa", sdpa
+def attention_kernel(name, c, run):
+	"""The name, for SDPA with the kernel it takes in training. Raises BadInput if a GPU has none but plain products, many times slower."""
+	if name != "sdpa": return name
+	q, k = (torch.empty(1, heads, c.train_seq_len, c.model_dim // c.num_heads, dtype=run.dtype, device=run.device, requires_grad=True)
+		for heads in (c.num_heads, c.num_kv_heads))
+	kernel = ["math", "flash", "efficient", "cudnn"][torch._fused_sdp_choice(q, k, k, None, 0.0, True, enable_gqa=c.num_heads != c.num_kv_heads)]
+	refuse(run.cuda and kernel == "math", "ATTENTION=sdpa: torch has no fused kernel for these heads on this GPU; install FlashAttention or change NUM_HEADS.")
+	return f"{name}_{kernel}"
 def rms_norm(x):
 	"""x over its root mean square, by the last axis."""
 	return F.rms_norm(x, (x.size(-1),))
@@ -619,14 +646,14 @@ class Block(nn.Module):
 		self.attn.attn_gate = nn.Linear(D, c.num_heads) if c.gated_attention else None
 		self.heads, self.kv_heads, self.exclusive = c.num_heads, c.num_kv_heads, index >= c.num_layers - c.xsa_last_n
 		self.norm_scale = 1 / math.sqrt(index + 1) if c.ln_scale else 1.0
-	def forward(self, x, x0, weights, value_extra, v_first, rope, attention, again):
-		"""([B,T,D], values) of x and embedded x0 [B,T,D]; v_first: layer 0's values; again: 1 on a second pass."""
+	def forward(self, x, x0, weights, value_extra, v_first, rope, attention, again, rows):
+		"""([B,R,D], values) of x and embedded x0 [B,T,D], for the last rows, a slice; v_first: layer 0's values; again: 1 on a second pass."""
 		w_q, w_o, w_k, w_v, w_up, w_down = weights
 		mix, attn_scale, mlp_scale = (p.to(x.dtype).view(-1, *p.shape[-n:])[again] for p, n in (
 			(self.resid_mix, 2), (self.attn_scale, 1), (self.mlp_scale, 1)))
 		x = mix[0] * x + mix[1] * x0
-		a, v = self.attend(rms_norm(x) * self.norm_scale, w_q, w_k, w_v, value_extra, v_first, rope, attention)
-		x = x + attn_scale * F.linear(a, w_o)
+		a, v = self.attend(rms_norm(x) * self.norm_scale, w_q, w_k, w_v, value_extra, v_first, rope, attention, rows)
+		x = x[:, rows] + attn_scale * F.linear(a, w_o)
 		h = F.leaky_relu(F.linear(rms_norm(x) * self.norm_scale, w_up), 0.5).square()
 		return x + mlp_scale * F.linear(h, w_down), v
 	def values(self, v, v_first):
@@ -636,21 +663,21 @@ class Block(nn.Module):
 			first, own = self.attn.vr_lambda.to(v.dtype)
 			return first * v_first + own * v
 		return v if self.attn.vrl_gate is None else v.lerp(v_first, self.attn.vrl_gate.sigmoid().to(v.dtype))
-	def attend(self, x, w_q, w_k, w_v, value_extra, v_first, rope, attention):
-		"""(attention of x [B,T,D] with QK-norm, partial RoPE and XSA, values [B,T,K*d] before mixing)."""
+	def attend(self, x, w_q, w_k, w_v, value_extra, v_first, rope, attention, rows):
+		"""(attention of rows of x [B,T,D] with QK-norm, partial RoPE and XSA, values [B,T,K*d] before mixing)."""
 		B, T, _ = x.shape
-		q, k = F.linear(x, w_q).view(B, T, self.heads, -1), F.linear(x, w_k).view(B, T, self.kv_heads, -1)
-		raw = F.linear(x, w_v)
+		k, raw, x = F.linear(x, w_k).view(B, T, self.kv_heads, -1), F.linear(x, w_v), x[:, rows]
+		R, q = x.size(1), F.linear(x, w_q).view(*x.shape[:2], self.heads, -1)
 		raw = raw if value_extra is None else raw + value_extra
 		v = self.values(raw, v_first).view(B, T, self.kv_heads, -1)
-		q, k = rotate(rms_norm(q), *rope) * self.attn.q_gain.to(x.dtype)[:, None], rotate(rms_norm(k), *rope)
+		q, k = rotate(rms_norm(q), *(p[rows] for p in rope)) * self.attn.q_gain.to(x.dtype)[:, None], rotate(rms_norm(k), *rope)
 		y = attention(q, k, v)
 		if self.attn.attn_gate is not None:
 			y = y * F.linear(x, *(p.to(x.dtype) for p in self.attn.attn_gate.parameters())).sigmoid().unsqueeze(-1)
 		if self.exclusive:  # take out of y what points along the token's own value (#549)
-			y, own = y.reshape(B, T, self.kv_heads, self.heads // self.kv_heads, -1), v.unsqueeze(3)
+			y, own = y.reshape(B, R, self.kv_heads, self.heads // self.kv_heads, -1), v[:, rows].unsqueeze(3)
 			y = y - (y * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp_min(1e-24) * own
-		return y.reshape(B, T, -1), raw
+		return y.reshape(B, R, -1), raw
 
 class GPT(nn.Module):
 	"""The model of #549 and #1084, 26,928,220 parameters by default."""
@@ -676,25 +703,20 @@ class GPT(nn.Module):
 		angles = torch.outer(positions, base ** (-torch.arange(0, rot, 2).double() / rot)).unsqueeze(1)  # [T,1,rot/2]
 		for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
 			self.register_buffer(name, table.to(dtype), persistent=False)
-		if not self.cos.is_meta:
-			self.reset_parameters()
+		if not self.cos.is_meta: self.reset_parameters()
 	@torch.no_grad()
 	def reset_parameters(self):
 		"""Initial values by the rows of PARAMETERS, a function of SEED alone."""
 		g = torch.Generator().manual_seed(self.c.seed)
 		for name, p in split_banks(dict(self.named_parameters()), self.c.num_layers).items():
 			rule, _, number = parameter_rule(name)[0].partition(" ")
-			if rule in ("embedding", "normal"):
-				tied = self.c.tied_embed_init_std if self.c.tie_embeddings else 1.0
-				p.normal_(0, float(number or tied), generator=g)
-			elif rule == "orthogonal":
-				nn.init.orthogonal_(p, generator=g)
-			elif rule == "stream":  # all of x, nothing of x0
-				p.copy_(torch.tensor([1.0, 0.0])[:, None])
-			else:  # fill, q_gain
-				p.fill_(float(number or self.c.qk_gain_init))
-	def hidden(self, ids):
-		"""[B,T] ids -> final normalised hidden states [B,T,D]."""
+			tied = self.c.tied_embed_init_std if self.c.tie_embeddings else 1.0
+			if rule in ("embedding", "normal"): p.normal_(0, float(number or tied), generator=g)
+			elif rule == "orthogonal": nn.init.orthogonal_(p, generator=g)
+			elif rule == "stream": p.copy_(torch.tensor([1.0, 0.0])[:, None])  # all of x, nothing of x0
+			else: p.fill_(float(number or self.c.qk_gain_init))  # fill, q_gain
+	def hidden(self, ids, tail=None):
+		"""[B,T] ids -> final normalised hidden states [B,T,D], or [B,tail,D] of the last rows, which is less work in the last block."""
 		c, T, L = self.c, ids.size(1), self.c.num_layers
 		x = self.tok_emb(ids).to(self.dtype)
 		if self.bigram is not None:
@@ -710,15 +732,15 @@ class GPT(nn.Module):
 		if self.recurring:  # up to the last recurrent layer, then through those again
 			at = max(c.recur_layers) + 1
 			order[at:at] = [(i, 1) for i in c.recur_layers]
-		for i, again in order:
+		for n, (i, again) in enumerate(order, 1):
 			if i >= L // 2 and skips and not again:
 				x = x + self.skip_weights[i - L // 2].to(self.dtype) * skips.pop()
 			scaled = extra * self.ve_layer_scales[c.ve_layers.index(i)].to(self.dtype) if c.ve_enabled and i in c.ve_layers else None
 			weights = qo[i], qo[L + i], kv[i], kv[L + i], up[i], down[i]
-			x, v = self.blocks[i](x, x0, weights, scaled, first, rope, self.attention, again)
+			rows = slice(T - tail if tail and n == len(order) else 0, None)
+			x, v = self.blocks[i](x, x0, weights, scaled, first, rope, self.attention, again, rows)
 			first = v if first is None else first
-			if i < L // 2 and not again:
-				skips.append(x)
+			if i < L // 2 and not again: skips.append(x)
 		return rms_norm(x)
 	@torch.no_grad()
 	def start_recurrence(self):
@@ -736,10 +758,16 @@ class GPT(nn.Module):
 	def cap(self, z):
 		"""Soft cap on logits."""
 		return self.c.logit_softcap * torch.tanh(z / self.c.logit_softcap)
-	def forward(self, ids, targets, reduction="mean", trunk=None):
-		"""Cross entropy of targets [B,T] (-100: none) after ids [B,T]; trunk: instead of hidden."""
-		logits = self.cap(self.project((trunk or self.hidden)(ids)))
+	def forward(self, ids, targets, reduction="mean"):
+		"""Cross entropy of targets [B,T] (-100: none) after ids [B,T]."""
+		cap = self.c.logit_softcap  # cap() with its division on the smaller side
+		logits = cap * self.project(GPT.hidden(self, ids) / cap).tanh()
 		return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+
+def compile_model(model):
+	"""Compile what training and all evaluators share; kept in the user's cache for the next run."""
+	os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "train_gpt"))
+	model.hidden, model.forward = (torch.compile(f, dynamic=False) for f in (model.hidden, model.forward))
 
 # ---------- optimiser
 # Muon for the banks, AdamW for the rest. A rank gets the gradient of its share of each bank, orthogonalises it and hands it out.
@@ -754,11 +782,6 @@ def newton_schulz(g, steps, dtype):
 		gram = x @ x.mT
 		x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
 	return x.mT if tall else x
-def sum_over_ranks(run, tensors):
-	"""Sum tensors over ranks, in place and in one message."""
-	if run.world > 1:
-		flat = run.sum(torch.cat([t.reshape(-1) for t in tensors]))
-		torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)])
 @contextlib.contextmanager
 def put_back(params):
 	"""What is done to params inside is undone at its end."""
@@ -766,15 +789,13 @@ def put_back(params):
 	kept = [p.detach().clone() for p in params]
 	yield
 	with torch.no_grad():
-		for p, old in zip(params, kept):
-			p.copy_(old)
+		for p, old in zip(params, kept): p.copy_(old)
 
 class Optimizer:
 	"""The same update on each rank from the gradients of all."""
 	def __init__(self, c, run, model):
 		self.c, self.run, groups = c, run, {"muon": [], "embed": [], "head": [], "scalar": []}
-		for name, p in model.named_parameters():
-			groups[parameter_rule(matrix_names(name, c.num_layers)[0])[1]].append(p)
+		for name, p in model.named_parameters(): groups[parameter_rule(matrix_names(name, c.num_layers)[0])[1]].append(p)
 		self.banks = sorted(groups.pop("muon"), key=lambda p: -p.numel())  # the largest reduction starts first
 		rates = {"embed": c.tied_embed_lr if c.tie_embeddings else c.embed_lr, "head": c.head_lr, "scalar": c.scalar_lr}
 		self.adam = torch.optim.AdamW([dict(params=ps, rate=rates[k]) for k, ps in groups.items() if ps], betas=(c.beta1, c.beta2),
@@ -788,23 +809,20 @@ class Optimizer:
 		"""This rank's share of the banks' mean gradients; the others and loss become means."""
 		missing = [tuple(p.shape) for p in self.banks + self.small if p.grad is None]
 		refuse(missing, f"no gradient for parameters of shapes {missing}", Fault)
-		if self.run.world == 1:
-			return [p.grad for p in self.banks]
+		if self.run.world == 1: return [p.grad for p in self.banks]
 		W, pending = self.run.world, []
 		for n, p in zip(self.shares, self.banks):
 			padded = F.pad(p.grad, (0, 0, 0, 0, 0, n * W - len(p))) / W
 			share = torch.empty_like(padded[:n])
 			pending.append((share, REDUCE_SCATTER(share, padded, async_op=True), padded))
 		means = [p.grad for p in self.small] + [loss]
-		torch._foreach_div_(means, W)
-		sum_over_ranks(self.run, means)
-		for _, work, _ in pending:
-			work.wait()
+		flat = self.run.sum(torch.cat([t.reshape(-1) for t in means]) / W)  # in one message
+		torch._foreach_copy_(means, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in means]), means)])
+		for _, work, _ in pending: work.wait()
 		return [share for share, _, _ in pending]
 	def gather(self, share):
 		"""(pending work or None, bank) of all ranks' shares; the bank is padded."""
-		if self.run.world == 1:
-			return None, share
+		if self.run.world == 1: return None, share
 		whole = share.new_empty(len(share) * self.run.world, *share.shape[1:])
 		return ALL_GATHER(whole, share.contiguous(), async_op=True), whole
 	@torch.no_grad()
@@ -814,14 +832,12 @@ class Optimizer:
 		# fp64: the number of ranks must not show in fp32
 		squares = [torch.stack(torch._foreach_norm(g, 2, torch.float64)).square().sum() for g in (shares, small)]
 		norm = (self.run.sum(squares[0]) + squares[1]).sqrt().float()
-		if c.grad_clip_norm:
-			torch._foreach_mul_(small + shares, (c.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
+		if c.grad_clip_norm: torch._foreach_mul_(small + shares, (c.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
 		for g, buffer in zip(shares, self.momentum):
 			buffer.mul_(momentum).add_(g)
 			g.add_(buffer, alpha=momentum)
 			pending.append(self.gather(newton_schulz(g, c.muon_backend_steps, torch.bfloat16 if self.run.cuda else torch.float32)))
-		for group in self.adam.param_groups:
-			group["lr"] = group["rate"] * scale
+		for group in self.adam.param_groups: group["lr"] = group["rate"] * scale
 		self.adam.step()  # while the gathers run
 		for p, (work, update) in zip(self.banks, pending):
 			work and work.wait()
@@ -841,8 +857,7 @@ class Averages:
 		"""Take in the weights after a step at this rate scale."""
 		self.steps += 1
 		n, c = self.steps, self.c
-		if self.ema:
-			torch._foreach_lerp_(self.ema, self.params, 1 - min(c.ema_decay, (1 + n) / (10 + n)))
+		if self.ema: torch._foreach_lerp_(self.ema, self.params, 1 - min(c.ema_decay, (1 + n) / (10 + n)))
 		if c.swa_enabled and scale < 0.2 and n % c.swa_every == 0:
 			self.snapshots += 1
 			torch._foreach_lerp_(self.swa, self.params, 1 / self.snapshots)
@@ -855,8 +870,8 @@ class Averages:
 		for name, weights in ((n, w) for n, w in found.items() if w):
 			torch._foreach_copy_(self.params, weights)
 			total = torch.zeros((), device=run.device, dtype=torch.float64)
-			for ids, goal in zip(inputs, targets):  # plain trunk: no compiling on the clock
-				total += model(ids, goal, "sum", functools.partial(GPT.hidden, model))
+			for ids, goal in zip(inputs, targets):  # no compiling on the clock
+				total += GPT.forward(model, ids, goal, "sum")
 			losses[name] = run.sum(total).item() / (len(tokens) - 1)
 			run.metric(f"average_{name}", heldout_train_loss=losses[name], tokens=len(tokens) - 1)
 		best = min(losses, key=losses.get)
@@ -878,29 +893,26 @@ def cosine(high, low, i, n):
 	return low + (high - low) * 0.5 * (1 + math.cos(math.pi * i / max(n - 1, 1)))
 
 class Clock:
-	"""Training time, on all ranks rank 0's, sent round every eighth step (each while they are few or slow or cap_ms is near; 0: none)."""
+	"""Training time, on all ranks rank 0's. A GPU gets to a step when the host is lag steps further, and answers as late again."""
 	def __init__(self, run, cap_ms, step=0, ms=0.0):
 		run.synchronize()
-		self.run, self.cap_ms, self.began, self.base, self.step_ms = run, cap_ms, perf_counter() - ms / 1000, (step, ms), ms / max(step, 1)
+		self.run, self.cap_ms, self.began, self.base, self.poll = run, cap_ms, perf_counter() - ms / 1000, (step, ms), Poll(run)
+		self.step_ms = ms / max(step, 1)
 	def now(self):
 		"""This rank's training time in ms."""
 		self.run.synchronize()
 		return 1000 * (perf_counter() - self.began)
-	def agreed(self, step):
-		"""(training time in ms before this step, whether just read, whether to stop)."""
-		guess, stop = self.base[1] + (step - self.base[0]) * self.step_ms, False
-		fresh = step < 10 or step % 8 == 0 or self.step_ms > 500 or 0 < self.cap_ms < guess + 50 * self.step_ms
-		if fresh or STOPS and self.run.world == 1:
-			guess, stop = self.run.ask(self.now())
-			self.base, self.step_ms = (step, guess), guess / max(step, 1)
-		return guess, fresh, stop
+	def agreed(self, step, first_bad):
+		"""(training time in ms before this step, whether to stop, whether the first bad step is over)."""
+		answer = self.poll.ask(1000 * (perf_counter() - self.began), first_bad)
+		(ms, stops, bad), at = answer or (self.base[1], 0, math.inf), step - 2 * self.poll.lag if answer else self.base[0]
+		self.step_ms = ms / at if at > 0 else self.step_ms
+		return ms + (step - at) * self.step_ms, stops > 0, bad <= step
 
 # ---------- artifact
 # The header has "model", its settings, and "quantisation". The tensors are int8 levels, NAME.q, their fp16 scales, NAME.scale, one a row,
 # then fp16 and fp32 ones.
 KINDS, LEVELS, PERCENTILES = ("int6", "int8", "fp16", "fp32"), {"int6": 31, "int8": 127}, (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-# weights do not repeat: one literal context and a short search do as well as preset 6 in half the time
-LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=0, pb=0, mf=lzma.MF_HC4, depth=1, nice_len=32)]
 def row_scales(w, levels):
 	"""Scales [...,rows,1], fp16 values in fp32, of w by GPTQ-lite (#549): of five percentiles of |w| in a row the clip of least error."""
 	last = w.size(-1) - 1
@@ -947,10 +959,8 @@ class Quantizer:
 				low, high = (low, middle) if self.estimate(2.0**middle) * ratio < 0.999 * cap else (middle, high)
 			floor = 2.0**high if high > -24 else 0.0  # fp16's smallest is no floor
 			blob = self.pack(floor)
-			if len(blob) <= cap and (best is None or len(blob) > len(best[0])):
-				best = blob, floor
-			if best and (best[1] == 0 or len(best[0]) > 0.998 * cap):
-				return best
+			if len(blob) <= cap and (best is None or len(blob) > len(best[0])): best = blob, floor
+			if best and (best[1] == 0 or len(best[0]) > 0.998 * cap): return best
 			ratio = len(blob) / self.estimate(floor)
 		refuse(not best, f"ARTIFACT_BYTES={self.c.artifact_bytes}: code leaves {cap} bytes, the weights take {len(blob)}; train a smaller model.", Fault)
 		return best
@@ -962,18 +972,14 @@ class Quantizer:
 			if kind in LEVELS:
 				scale = scales[name + ".scale"] = self.scale(name, step_floor).cpu()
 				levels[name + ".q"] = code_levels(w, scale.to(w), LEVELS[kind]).to("cpu", torch.int8)
-			else:
-				plain[name] = (w.half() if kind == "fp16" else w).cpu()
+			else: plain[name] = (w.half() if kind == "fp16" else w).cpu()
 		header = {"model": {n: getattr(self.c, n.lower()) for n in MODEL_SETTINGS}, "quantisation": {**LEVELS, "step_floor": step_floor}}
-		return b"".join(seal(header, levels | scales | plain, functools.partial(
-			lzma.compress, format=lzma.FORMAT_XZ, check=lzma.CHECK_NONE, filters=LZMA_FILTERS)))
+		return b"".join(seal(header, levels | scales | plain, compress))
 def unpack(data):
 	"""(fp32 tensors by name, model settings) of an artifact. The lineage's is LZMA of a torch.save, of which no code is run, without
 	settings. Raises ValueError and others."""
-	if data[:8] == MAGIC:
-		header, w = unseal(data, expand)
-	else:
-		header, w = {"model": {}}, torch.load(BytesIO(expand(data)), map_location="cpu", weights_only=True)["w"]
+	if data[:8] == MAGIC: header, w = unseal(data, expand)
+	else: header, w = {"model": {}}, torch.load(BytesIO(expand(data)), map_location="cpu", weights_only=True)["w"]
 	refuse(any(t.untyped_storage().nbytes() < t.numel() * t.element_size() for t in w.values()), "a tensor overlaps itself", ValueError)
 	return {n.removesuffix(".q"): t.float() * w[n[:-1] + "scale"].float().view(-1, *[1] * (t.dim() - 1)).expand_as(t) if n.endswith(".q") else t.float()
 		for n, t in w.items() if n[:-5] + "q" not in w}, header["model"]
@@ -1002,8 +1008,7 @@ def copy_tensors(own, state, where):
 		for n in sorted(there.keys() | here) if there.get(n) != here.get(n)]
 	refuse(wrong, f"{where}: does not fit: {'; '.join(wrong[:3])}{' ...' if wrong[3:] else ''}. Set NUM_LAYERS and others as trained.")
 	with torch.no_grad():
-		for name, tensor in own.items():
-			tensor.copy_(state[name])
+		for name, tensor in own.items(): tensor.copy_(state[name])
 def load_state(model, state, where):
 	"""Copy an artifact's tensors into the model. Raises BadInput."""
 	copy_tensors(split_banks(model.state_dict(), model.c.num_layers), state, where)
@@ -1035,8 +1040,7 @@ def row_nll(model, h, targets, rows, shift=None):
 	T, h, targets, nats = h.size(1), h.flatten(0, 1), targets.flatten(), []
 	for r in rows.split(16384):
 		z = model.project(h[r])
-		if shift is not None:
-			z += shift[r // T] if len(shift) > 1 else shift
+		if shift is not None: z += shift[r // T] if len(shift) > 1 else shift
 		nats.append(F.cross_entropy(model.cap(z), targets[r], reduction="none"))
 	return torch.cat(nats)
 def scored_rows(firsts, T):
@@ -1045,10 +1049,12 @@ def scored_rows(firsts, T):
 
 # ---------- scoring methods
 # What turns hidden states into nats. What is causal follows from the settings: broken_conditions().
-Batch = namedtuple("Batch", "h targets firsts at rows")  # [B,T,D], [B,T], [B]; of each scored target stream index, flat row
+# [B,T,D], [B,T], [B] of the last T rows of windows; of each scored target stream index, flat row
+Batch = namedtuple("Batch", "h targets firsts at rows")
 
 class Plain:
 	"""The model's own distribution."""
+	all_rows = False  # whether nats() looks at others than those to score
 	def __init__(self, c, run, model, val):
 		self.c, self.run, self.model = c, run, model
 	def nats(self, b):
@@ -1072,15 +1078,15 @@ class Slot(Plain):
 	WINDOWS = 32  # a window's loss is divided as in a batch of so many (#1303), whatever the batch is
 	def __init__(self, c, run, model, val):
 		super().__init__(c, run, model, val)
-		self.carry, self.tile = self.fresh(1), self.KEEP if run.cuda else self.TILE
+		self.compiled = torch.compile(slot_gradient, dynamic=True) if run.compile else None
+		self.carry, self.tile, self.all_rows = self.fresh(1), self.KEEP if run.cuda else self.TILE, c.slot_loss in ("all", "context")
 	def fresh(self, groups):
 		"""AdamW's [4,groups,P]: parameters (delta, bias), moments, number of steps."""
 		return torch.zeros(4, groups, self.c.model_dim + self.c.vocab_size * self.c.slot_bias, device=self.run.device)
-	def fit_rows(self, firsts):
+	def fit_rows(self, firsts, T):
 		"""Mask [B,T] of the rows whose targets the parameters are fitted to."""
-		scored = scored_rows(firsts, self.c.eval_seq_len)
-		if self.c.slot_loss == "all":
-			scored[:], scored[:, -1] = True, False  # #1084 leaves out the last
+		scored = scored_rows(firsts, T)
+		if self.c.slot_loss == "all": scored[:], scored[:, -1] = True, False  # #1084 leaves out the last
 		return ~scored if self.c.slot_loss == "context" else scored
 	def shift(self, state):
 		"""Shift [G,V] of the logits."""
@@ -1095,9 +1101,8 @@ class Slot(Plain):
 			shift, columns = self.shift(state) * factor, 0.0
 			for k, (r, share) in enumerate(tiles):
 				z = kept[k] if k in kept else self.model.project(h[r]).mul_(factor)
-				if (k + 1) * tiles[0][0].size(1) * size <= self.KEEP:
-					kept[k] = z
-				columns = columns + slot_gradient(z, targets[r], share, shift, c.logit_softcap)
+				if (k + 1) * tiles[0][0].size(1) * size <= self.KEEP: kept[k] = z
+				columns = columns + (self.compiled or slot_gradient)(z, targets[r], share, shift, c.logit_softcap)
 			g = torch.cat((columns @ weight, columns), -1) if c.slot_bias else columns @ weight
 			moved, last = moved + c.slot_hyper_lr * (g * last).sum(-1, keepdim=True), g
 			rate = cosine(c.slot_lr, low, step, c.slot_steps) + moved
@@ -1110,8 +1115,8 @@ class Slot(Plain):
 			value -= rate * (update + 1e-8 * value)
 	def nats(self, b):
 		"""Nats [R]. With SLOT_LOSS=past ranks call it together: the state goes round."""
-		c, T, past, window, found = self.c, self.c.eval_seq_len, self.c.slot_loss == "past", self.c.slot_delta == "window", []
-		mask, usual = self.fit_rows(b.firsts), {"all": T - 1, "context": T - c.eval_stride}.get(c.slot_loss, c.eval_stride)
+		c, T, past, window, found = self.c, b.h.size(1), self.c.slot_loss == "past", self.c.slot_delta == "window", []
+		mask, usual = self.fit_rows(b.firsts, T), {"all": T - 1, "context": T - c.eval_stride}.get(c.slot_loss, c.eval_stride)
 		most = max(1, self.tile // (c.vocab_size * max(1, usual)))  # windows to fit at once
 		most = (1 if past else most) if window else max(1, len(mask))
 		for rank in range(self.run.world if past else 1):
@@ -1123,12 +1128,9 @@ class Slot(Plain):
 				rows, shares, scored = (torch.from_numpy(x).to(h.device) for x in (
 					rows + np.arange(groups)[:, None] * T, shares.astype(np.float32), np.flatnonzero(scored_rows(b.firsts[i:i + most], T))))
 				for work in ("score", "fit") if past else ("fit", "score"):
-					if work == "score":
-						found.append(row_nll(self.model, h, y, scored, self.shift(state)))
-					else:
-						self.fit(h.flatten(0, 1), y.flatten(), rows, shares, state)
-			if past and self.run.world > 1:
-				dist.broadcast(self.carry, rank)
+					if work == "score": found.append(row_nll(self.model, h, y, scored, self.shift(state)))
+					else: self.fit(h.flatten(0, 1), y.flatten(), rows, shares, state)
+			if past and self.run.world > 1: dist.broadcast(self.carry, rank)
 		return torch.cat([b.h.new_empty(0).float(), *found])
 
 class Ctw(Plain):
@@ -1157,8 +1159,7 @@ class Ctw(Plain):
 				gain = sign * (torch.lgamma(k[at] + more + alpha) - torch.lgamma(k[at] + alpha))
 				k[at] += more
 				x["block"].index_add_(0, x["owner"][at] if sign > 0 else at, gain)
-			if changed:
-				x["children"].index_add_(0, *changed)
+			if changed: x["children"].index_add_(0, *changed)
 			now = torch.logaddexp(x["block"][at], x["children"][at]) - math.log(2) if changed else x["block"][at]
 			changed, x["weighted"][at] = (x["parent"][at], now - x["weighted"][at]), now
 	def probability(self, at):
@@ -1172,8 +1173,7 @@ class Ctw(Plain):
 		return q
 	def nats(self, b):
 		"""Nats [R] under the mixture."""
-		if not self.end:
-			return super().nats(b)
+		if not self.end: return super().nats(b)
 		h, y, nats, q = b.h.flatten(0, 1), b.targets.flatten(), [], self.probability(b.at.cpu()).log().to(b.h.device, torch.float32)
 		for r, q in zip(b.rows.split(1024), q.split(1024)):
 			logp = self.model.cap(self.model.project(h[r])).log_softmax(-1)
@@ -1195,9 +1195,10 @@ class ChunkTrainer:
 	"""Trains on scored text: score-first test-time training (#549)."""
 	def __init__(self, c, run, model, optimizer, frozen_blocks):
 		self.c, self.run, self.model, self.params, self.frozen = c, run, model, list(model.parameters()), []
-		self.optimizer = optimizer(self.params)
-		for name, p in model.named_parameters():
-			p.grad = torch.zeros_like(p)
+		self.optimizer, sizes = optimizer(self.params), [p.numel() for p in self.params]
+		self.grad = torch.zeros(sum(sizes), device=run.device)  # all gradients, to clear, sum and clip as one
+		for (name, p), part in zip(model.named_parameters(), self.grad.split(sizes)):
+			p.grad = part.view_as(p)
 			names = matrix_names(name, c.num_layers)
 			rows = [i for i, n in enumerate(names) if n.startswith("blocks.") and int(n.split(".")[1]) < frozen_blocks]
 			if rows:  # of a bank; another tensor freezes whole
@@ -1217,61 +1218,71 @@ class ChunkTrainer:
 			self.step(inputs[mine], targets[mine], (targets[i:i + size] >= 0).sum())
 	def step(self, inputs, targets, count):
 		"""A step on the mean over the count targets of all ranks; one may hold none."""
-		grads = [p.grad for p in self.params]
-		torch._foreach_zero_(grads)
-		if len(inputs):
-			(self.model(inputs, targets, "sum") / count).backward()
-		sum_over_ranks(self.run, grads)
-		for p, rows in self.frozen:
-			p.grad[rows] = 0
-		if self.c.ttt_grad_clip:
-			nn.utils.clip_grad_norm_(self.params, self.c.ttt_grad_clip)
+		self.grad.zero_()
+		n = micro_batches(self.run, len(inputs), self.c.eval_seq_len) if len(inputs) else 0
+		for ids, goal in zip(inputs.chunk(n), targets.chunk(n)) if n else ():
+			(self.model(ids, goal, "sum") / count).backward()
+		self.run.sum(self.grad)
+		for p, rows in self.frozen: p.grad[rows] = 0
+		if self.c.ttt_grad_clip: self.grad *= (self.c.ttt_grad_clip / (self.grad.norm() + 1e-6)).clamp(max=1)
 		self.optimizer.step()
 
 class Progress:
 	"""What a pass of evaluation goes on from: the nats so far and live tensors, saved when 30 times what that costs has passed."""
 	def __init__(self, c, run, kind):
 		self.c, self.run, self.kind, self.cost, self.last, self.began = c, run, kind, 0.02, perf_counter(), perf_counter()
+		self.poll, self.moments = Poll(run), []
 	def resume(self, out, live):
-		"""The window to go on with and seconds spent on methods, after taking in the newest file, if there is one. Ranks sum out in the end."""
+		"""The window to go on with, after taking in the newest file, if there is one. Ranks sum out in the end."""
 		tensors, counters = self.run.restore(self.kind), torch.zeros(len(out) + 1, dtype=torch.double)
 		if tensors:
 			n = tensors["nats"].size(-1) if "nats" in tensors else 0
 			copy_tensors({**live, "counters": counters, "nats": out[:, :n]}, tensors, self.kind)
 			out *= self.run.rank == 0
-		window, seconds, *spent = counters.tolist()
+		window, seconds, *self.spent = counters.tolist()
 		self.began -= seconds
-		return int(window), np.array(spent)
-	def mark(self, window, spent, out, live):
+		return int(window)
+	def seconds(self):
+		"""Seconds [K] spent on each method."""
+		self.run.synchronize()
+		for moments in self.moments:
+			self.spent = [old + (a.elapsed_time(b) / 1000 if self.run.cuda else b - a) for old, a, b in zip(self.spent, moments, moments[1:])]
+		self.moments = []
+		return np.array(self.spent)
+	def mark(self, window, out, live):
 		"""Before a batch on all ranks, out being whole for the windows before: save it if it is time, end if a signal came."""
 		now = perf_counter()
-		due, stop = self.run.ask(self.c.save_every and now > self.last + 30 * self.cost)
+		due, stop, *_ = self.poll.ask(bool(self.c.save_every) and now > self.last + 30 * self.cost) or (0, 0)
 		if (due or stop) and out.size(1):
-			nats, counters = out.clone(memory_format=torch.contiguous_format), torch.tensor([window, now - self.began, *spent], dtype=torch.double)
+			seconds, nats = self.seconds(), out.clone(memory_format=torch.contiguous_format)
+			counters = torch.tensor([window, now - self.began, *seconds], dtype=torch.double)
 			self.run.save(self.kind, window, {**live, "counters": counters, "nats": self.run.sum(nats)})
 			self.last = perf_counter()
 			self.cost = self.last - now
 		stop and self.run.stop()
 
+def tokens_at_once(c, run):
+	"""Tokens of a forward that a CPU's cache or half of a GPU's memory holds."""
+	a_token = run.dtype.itemsize * c.model_dim * (16 + c.num_layers // 2 + 4 * c.mlp_mult)
+	return int(torch.cuda.get_device_properties(run.device).total_memory / 2 / a_token) if run.cuda else 4096
 @torch.no_grad()
 def score_batch(c, run, model, val, starts, firsts, pad_to, methods, out):
-	"""Score windows into out [K+1,N], a row for each method, the last counts. -> seconds [K]."""
-	T, n, seconds = c.eval_seq_len, len(starts), []
-	index, rows = starts[:, None] + np.arange(T + 1), np.flatnonzero(scored_rows(firsts, T))
-	at = torch.from_numpy(index[:, :-1].ravel()[rows]).to(run.device)
+	"""Score windows into out [K+1,N], a row for each method, the last counts. -> moments [K+1] around the methods."""
+	T, n = c.eval_seq_len, len(starts)
+	tail = T if any(method.all_rows for method in methods) or firsts.min(initial=T) < T - c.eval_stride else c.eval_stride
+	rows = np.flatnonzero(scored_rows(firsts - (T - tail), tail))
+	at = run.put((starts[:, None] + np.arange(T - tail, T)).ravel()[rows])
 	if run.compile and n:  # whole batches only, so that one shape is compiled
-		index = index[np.minimum(np.arange(pad_to), n - 1)]
-	tokens = val.tokens[torch.from_numpy(index).to(run.device)]
-	h = model.hidden(tokens[:, :-1])[:n] if n else torch.empty(0, T, c.model_dim, device=run.device)
-	batch = Batch(h, tokens[:n, 1:], firsts, at, torch.from_numpy(rows).to(run.device))
+		starts = starts[np.minimum(np.arange(pad_to), n - 1)]
+	tokens = val.tokens.unfold(0, T + 1, 1)[run.put(starts)]
+	h = model.hidden(tokens[:, :-1], tail)[:n] if n else torch.empty(0, tail, c.model_dim, device=run.device)
+	batch = Batch(h, tokens[:n, T + 1 - tail:], firsts - (T - tail), at, run.put(rows))
+	moments = [run.moment()]
 	for k, method in enumerate(methods):
-		run.synchronize()
-		began = perf_counter()
 		out[k, at] = method.nats(batch)
-		run.synchronize()
-		seconds.append(perf_counter() - began)
+		moments.append(run.moment())
 	out[-1].index_add_(0, at, torch.ones_like(out[-1, at]))  # += would count doubles once
-	return seconds
+	return moments
 
 def score(run, model, val, jobs, progress=None):
 	"""[(nats [N] fp32, seconds)] of jobs [(label, Config)] in one pass with the first one's windows and TTT, which changes the weights.
@@ -1279,41 +1290,38 @@ def score(run, model, val, jobs, progress=None):
 	(label, c), T, names = jobs[0], jobs[0][1].eval_seq_len, "+".join(dict.fromkeys(job[0] for job in jobs))
 	clock = progress or Progress(c, run, "")
 	methods = [METHODS.get(label.split("_")[-1], Plain)(config, run, model, val) for label, config in jobs]
-	size, = {config.slot_batch_seqs for name, config in jobs if name.endswith("slot")} or {max(1, c.val_batch_size // (T * run.world))}
+	size, = {config.slot_batch_seqs for name, config in jobs if name.endswith("slot")} or {max(1, min(c.val_batch_size // run.world, tokens_at_once(c, run)) // T)}
 	starts, firsts = plan_windows(val.n, T, T if label == "roundtrip" else c.eval_stride)
 	ttt, shown, resumed = label.startswith("ttt"), perf_counter(), 0
 	chunk = (starts + firsts) // (c.ttt_chunk_tokens if ttt or "ctw" in names else val.n)  # that of its first scored target
-	out, spent, chunks = torch.zeros(len(jobs) + 1, val.n, device=run.device), np.zeros(len(jobs)), int(chunk[-1]) + 1
+	out, clock.spent, chunks = torch.zeros(len(jobs) + 1, val.n, device=run.device), [0.0] * len(jobs), int(chunk[-1]) + 1
 	trainer = ChunkTrainer(c, run, model, functools.partial(torch.optim.SGD, momentum=c.ttt_momentum), c.ttt_freeze_blocks) if ttt else None
 	live = {f"carry.{k}": method.carry for k, method in enumerate(methods) if hasattr(method, "carry")}
 	for name, p in model.named_parameters() if ttt else ():
 		live[name], live["momentum." + name] = p, torch.zeros_like(p)
 		trainer.optimizer.state[p]["momentum_buffer"] = live["momentum." + name]
-	if progress:
-		resumed, spent = progress.resume(out, live)
+	if progress: resumed = progress.resume(out, live)
 	for i in range(chunks):
 		begin, end = np.searchsorted(chunk, [i, i + 1])
 		for b in range(max(begin, resumed), end, run.world * size):
-			if progress:
-				progress.mark(b, spent, out[:, :starts[b] + firsts[b]], live)
+			if progress: progress.mark(b, out[:, :starts[b] + firsts[b]], live)
 			first = min(b + run.rank * size, end)
 			batch = slice(first, min(first + size, end))  # empty on some ranks at the end
-			spent += score_batch(c, run, model, val, starts[batch], firsts[batch], size, methods, out)
+			clock.moments.append(score_batch(c, run, model, val, starts[batch], firsts[batch], size, methods, out))
 			if perf_counter() - shown > 2:
 				shown = perf_counter()
 				run.log(f"progress:{names} window:{batch.stop}/{len(starts)} chunk:{i + 1}/{chunks} seconds:{shown - clock.began:.1f}")
 		if i + 1 < chunks:  # the last chunk is scored only
 			text = i * c.ttt_chunk_tokens, (i + 1) * c.ttt_chunk_tokens
-			for k, method in enumerate(methods):
-				spent[k] -= perf_counter()
+			clock.moments.append([run.moment()])
+			for method in methods:
 				method.learn(text[1])
-				spent[k] += perf_counter()
-			if ttt and resumed < end:
-				trainer.train(val.tokens, *text, cosine(c.ttt_lr, 0, i, chunks), c.ttt_epochs)
+				clock.moments[-1].append(run.moment())
+			if ttt and resumed < end: trainer.train(val.tokens, *text, cosine(c.ttt_lr, 0, i, chunks), c.ttt_epochs)
 	run.sum(out)
 	refuse(not bool((out[-1] == 1).all()), f"{names}: {int((out[-1] != 1).sum())} of {val.n} targets were not scored exactly once", Fault)
-	total = clock.seconds = perf_counter() - clock.began
-	return [(out[k], total - spent.sum() + spent[k]) for k in range(len(jobs))]
+	spent, clock.total = clock.seconds(), perf_counter() - clock.began
+	return [(out[k], clock.total - spent.sum() + spent[k]) for k in range(len(jobs))]
 def mean_and_bpb(val, nats):
 	"""(nats a token, bits a byte) of nats [N]."""
 	loss = nats.double().mean().item()
@@ -1321,13 +1329,12 @@ def mean_and_bpb(val, nats):
 def evaluate(c, run, model, val, weights, labels):
 	"""Run evaluators on the model, whose weights are put back, and log a result line for each."""
 	passes = {}
-	for label in labels:
-		passes.setdefault((label == "roundtrip", label.startswith("ttt")), []).append(label)
+	for label in labels: passes.setdefault((label == "roundtrip", label.startswith("ttt")), []).append(label)
 	for group in (group for group in passes.values() if any(f"final_{weights}_{label}" not in run.rows for label in group)):
 		progress = Progress(c, run, f"progress_{weights}_{'+'.join(group)}")
 		with put_back(model.parameters()):
 			results = score(run, model, val, [(label, c) for label in group], progress)
-		run.metric(f"pass_{weights}_{'+'.join(group)}", eval_time=1000 * progress.seconds)
+		run.metric(f"pass_{weights}_{'+'.join(group)}", eval_time=1000 * progress.total)
 		for label, (nats, seconds) in (r for r in zip(group, results) if f"final_{weights}_{r[0]}" not in run.rows):
 			loss, bpb = mean_and_bpb(val, nats)
 			broken = broken_conditions(c, label)
@@ -1337,8 +1344,7 @@ def evaluate(c, run, model, val, weights, labels):
 			run.metric(f"final_{weights}_{label}", val_loss=loss, val_bpb=bpb, tokens=val.n, bytes=val.total_bytes, causal=not broken,
 				eval_time=1000 * seconds, **({"breaks": broken} if broken else {}))
 		run.saving.result()
-		for path in run.saved("progress_*") if run.rank == 0 else ():
-			path.unlink()
+		for path in run.saved("progress_*") if run.rank == 0 else (): path.unlink()
 def train_on_validation(c, run, model, val):
 	"""Pre-quantisation TTT (#1488): AdamW on tokens before they are scored."""
 	trainer = ChunkTrainer(c, run, model, functools.partial(torch.optim.AdamW, weight_decay=0.0), c.prequant_ttt_freeze_blocks)
@@ -1346,7 +1352,7 @@ def train_on_validation(c, run, model, val):
 	for epoch in range(c.prequant_ttt_epochs):
 		trainer.train(val.tokens, 0, val.n, cosine(rate, rate / 10, epoch, c.prequant_ttt_epochs), 1)
 		run.log(f"prequant_ttt:epoch {epoch + 1}/{c.prequant_ttt_epochs} seconds:{perf_counter() - began:.1f}")
-		run.ask(0)[1] and run.stop()
+		Poll(run, 0).ask()[1] and run.stop()
 	model.zero_grad(set_to_none=True)
 
 # ---------- training
@@ -1403,8 +1409,7 @@ def resume_training(run, model, optimizer, averages):
 	return [*map(math.ceil, counters.tolist())]  # rounded down, a run whose time was up would train another step
 def train(c, run, model, data, val):
 	"""Train, from the last checkpoint if there is one, and put the best average into the model. Raises Fault for a loss that is not finite."""
-	if run.compile and c.warmup_steps:
-		prime(c, run, model, data)
+	if run.compile and c.warmup_steps: prime(c, run, model, data)
 	optimizer, averages = Optimizer(c, run, model), Averages(c, model.parameters())
 	begin, ms, qat, _ = resume_training(run, model, optimizer, averages)
 	first_bad, feed = torch.full((), c.iterations + 1, device=run.device), data.batches(begin)
@@ -1412,10 +1417,10 @@ def train(c, run, model, data, val):
 	clock = Clock(run, 1000 * c.max_wallclock_seconds, begin, ms)
 	reserve = 2 + 1.5 * len(data.held_out) / c.train_batch_tokens  # steps' time to compare averages
 	for step in range(begin, c.iterations + 1):
-		elapsed, fresh, stop = clock.agreed(step)
+		elapsed, stop, bad = clock.agreed(step, first_bad)
 		last = step == c.iterations or 0 < clock.cap_ms <= elapsed + reserve * clock.step_ms and step > 0
 		save = step > begin and (stop or last or c.save_every > 0 and step % c.save_every == 0)
-		if (fresh or last or save) and first_bad.item() <= step:
+		if bad or (last or save) and first_bad.item() <= step:
 			raise Fault(f"step {first_bad.item()}: loss or gradient is not finite; lower MATRIX_LR, TIED_EMBED_LR and SCALAR_LR. "
 				f"What is saved in {run.folder} is from before it.")
 		if save:
@@ -1427,8 +1432,7 @@ def train(c, run, model, data, val):
 			loss, bpb = mean_and_bpb(val, score(run, model, val, [("roundtrip", c)])[0][0])
 			run.metric(f"step:{step}/{c.iterations}", 4, val_loss=loss, val_bpb=bpb, train_time=ms, step_avg=ms / max(step, 1))
 			clock.began += (clock.now() - ms) / 1000
-		if last:
-			break
+		if last: break
 		if c.recur_layers and step == c.recur_start:
 			model.start_recurrence()
 			run.log(f"recurrence:on step:{step} layers:{','.join(map(str, c.recur_layers))}")
@@ -1457,13 +1461,11 @@ def run_all(c):
 	backend, attention = choose_attention(c.attention, run.device)
 	val, data = ValData(c, run), TrainData(c, run) if state is None else None
 	model = GPT(c, run.dtype, attention)
-	if state is not None:
-		load_state(model, state, f"LOAD_ARTIFACT={c.load_artifact}")
+	if state is not None: load_state(model, state, f"LOAD_ARTIFACT={c.load_artifact}")
 	run.start(c)
 	model.to(run.device)
-	if run.compile:
-		model.hidden = torch.compile(model.hidden, dynamic=False)
-	run.log(f"model_params:{sum(p.numel() for p in model.parameters())} attention:{backend} val_tokens:{val.n} (the last "
+	if run.compile: compile_model(model)
+	run.log(f"model_params:{sum(p.numel() for p in model.parameters())} attention:{attention_kernel(backend, c, run)} val_tokens:{val.n} (the last "
 		f"{val.dropped} fill no window) val_bytes:{val.total_bytes}")
 	for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if __name__ == "__main__" else ():
 		signal.getsignal(number) == signal.SIG_IGN or signal.signal(number, on_signal)  # nohup's stays
@@ -1472,8 +1474,7 @@ def run_all(c):
 			run.log(f"train_shards:{len(data.shards)} train_tokens:{sum(map(len, data.shards))} heldout_tokens:{len(data.held_out)}")
 			if "artifact" not in run.rows:
 				train(c, run, model, data, val)
-				if c.prequant_ttt_enabled:
-					train_on_validation(c, run, model, val)
+				if c.prequant_ttt_enabled: train_on_validation(c, run, model, val)
 				evaluate(c, run, model, val, "float", ["roundtrip"])
 			export(c, run, model)
 		evaluate(c, run, model, val, "int6", c.evals)
@@ -1496,5 +1497,4 @@ def main():
 			sleep(3)  # torchrun names the rank that ends first
 		print(f"error: {problem}", file=sys.stderr, flush=True)
 		os._exit(2 if isinstance(problem, BadInput) else 1)  # at once: a rank must not wait for others in a collective
-if __name__ == "__main__":
-	main()
+if __name__ == "__main__": main()

@@ -121,7 +121,7 @@ def test_record_model_fits_under_the_cap_with_its_code():
 
 def test_code_is_within_its_limits():
     text = Path(t.__file__).read_text()
-    assert text.count("\n") <= 1500 and len(text.encode()) <= 92_000  # #1084's own script: 107,448 bytes
+    assert text.count("\n") <= 1500 and len(text.encode()) <= 97_000  # #1084's own script: 107,448 bytes
 
 
 @pytest.fixture

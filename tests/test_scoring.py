@@ -88,7 +88,7 @@ def plain_ttt(c, model, tokens, n):
 
 @pytest.mark.parametrize("batch", ["2", "32"])
 def test_ttt_equals_a_plain_loop_and_gives_the_weights_back(batch, stream):
-    c = config(TTT_BATCH_SEQS=batch)
+    c = config(TTT_BATCH_SEQS=batch, SAVE_EVERY="0")
     (run, val), model, other = stream(c, 512), random_model(config()), random_model(config())
     before = [p.detach().clone() for p in model.parameters()]
     nats = t.score(run, model, val, [("ttt", c)])[0][0]
@@ -193,7 +193,7 @@ def wrong_attention(monkeypatch):
 
 def wrong_smear(monkeypatch):
     hidden = t.GPT.hidden
-    monkeypatch.setattr(t.GPT, "hidden", lambda self, ids: hidden(self, ids) + 1e-3 * hidden(self, ids).roll(-1, 1))
+    monkeypatch.setattr(t.GPT, "hidden", lambda self, *args: hidden(self, *args) + 1e-3 * hidden(self, *args).roll(-1, 1))
 
 
 def wrong_order(monkeypatch):

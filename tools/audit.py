@@ -133,11 +133,12 @@ class Ledger:
             return kept[3](slot, b)
 
         def fit(slot, h, targets, rows, shares, *rest):
-            offset = (h.data_ptr() - self.batch.data_ptr()) // (h.element_size() * h.size(1) * self.T)  # of its first window
-            first, windows = self.next - len(self.batch) + offset, len(h) // self.T
+            R = self.batch.size(1)  # the last rows of each window
+            offset = (h.data_ptr() - self.batch.data_ptr()) // (h.element_size() * h.size(1) * R)  # of its first window
+            first, windows = self.next - len(self.batch) + offset, len(h) // R
             for group, share in zip(rows.cpu().numpy(), shares.cpu().numpy()):
-                used, own = group[share > 0], first + (group[:1] // self.T).sum() * (len(rows) > 1)
-                self.use(self.starts[first + used // self.T] + used % self.T, first + windows if self.c.slot_loss == "past" else own)
+                used, own = group[share > 0], first + (group[:1] // R).sum() * (len(rows) > 1)
+                self.use(self.starts[first + used // R] + self.T - R + used % R, first + windows if self.c.slot_loss == "past" else own)
             return kept[4](slot, h, targets, rows, shares, *rest)
 
         try:
