@@ -760,8 +760,7 @@ class GPT(nn.Module):
 		return self.c.logit_softcap * torch.tanh(z / self.c.logit_softcap)
 	def forward(self, ids, targets, reduction="mean"):
 		"""Cross entropy of targets [B,T] (-100: none) after ids [B,T]."""
-		cap = self.c.logit_softcap  # cap() with its division on the smaller side
-		logits = cap * self.project(GPT.hidden(self, ids) / cap).tanh()
+		logits = self.cap(self.project(GPT.hidden(self, ids)))
 		return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
 
 def compile_model(model):
