@@ -615,6 +615,9 @@ def attention_kernel(name, c, run):
 def rms_norm(x):
 	"""x over its root mean square, by the last axis."""
 	return F.rms_norm(x, (x.size(-1),))
+def last_rows(x, n):
+	"""The last n rows of x [B,T,...]; x itself, without a node in the graph, if those are all."""
+	return x if n == x.size(1) else x[:, -n:]
 def rotate(x, cos, sin):
 	"""RoPE of the first 2r dimensions of x [B,T,heads,d]; cos, sin [T,1,r]."""
 	r = cos.size(-1)
@@ -646,14 +649,14 @@ class Block(nn.Module):
 		self.attn.attn_gate = nn.Linear(D, c.num_heads) if c.gated_attention else None
 		self.heads, self.kv_heads, self.exclusive = c.num_heads, c.num_kv_heads, index >= c.num_layers - c.xsa_last_n
 		self.norm_scale = 1 / math.sqrt(index + 1) if c.ln_scale else 1.0
-	def forward(self, x, x0, weights, value_extra, v_first, rope, attention, again, rows):
-		"""([B,R,D], values) of x and embedded x0 [B,T,D], for the last rows, a slice; v_first: layer 0's values; again: 1 on a second pass."""
+	def forward(self, x, x0, weights, value_extra, v_first, rope, attention, again, R):
+		"""([B,R,D], values) of x and embedded x0 [B,T,D], for the last R rows; v_first: layer 0's values; again: 1 on a second pass."""
 		w_q, w_o, w_k, w_v, w_up, w_down = weights
 		mix, attn_scale, mlp_scale = (p.to(x.dtype).view(-1, *p.shape[-n:])[again] for p, n in (
 			(self.resid_mix, 2), (self.attn_scale, 1), (self.mlp_scale, 1)))
 		x = mix[0] * x + mix[1] * x0
-		a, v = self.attend(rms_norm(x) * self.norm_scale, w_q, w_k, w_v, value_extra, v_first, rope, attention, rows)
-		x = x[:, rows] + attn_scale * F.linear(a, w_o)
+		a, v = self.attend(rms_norm(x) * self.norm_scale, w_q, w_k, w_v, value_extra, v_first, rope, attention, R)
+		x = last_rows(x, R) + attn_scale * F.linear(a, w_o)
 		h = F.leaky_relu(F.linear(rms_norm(x) * self.norm_scale, w_up), 0.5).square()
 		return x + mlp_scale * F.linear(h, w_down), v
 	def values(self, v, v_first):
@@ -663,19 +666,19 @@ class Block(nn.Module):
 			first, own = self.attn.vr_lambda.to(v.dtype)
 			return first * v_first + own * v
 		return v if self.attn.vrl_gate is None else v.lerp(v_first, self.attn.vrl_gate.sigmoid().to(v.dtype))
-	def attend(self, x, w_q, w_k, w_v, value_extra, v_first, rope, attention, rows):
-		"""(attention of rows of x [B,T,D] with QK-norm, partial RoPE and XSA, values [B,T,K*d] before mixing)."""
+	def attend(self, x, w_q, w_k, w_v, value_extra, v_first, rope, attention, R):
+		"""(attention of the last R rows of x [B,T,D] with QK-norm, partial RoPE and XSA, values [B,T,K*d] before mixing)."""
 		B, T, _ = x.shape
-		k, raw, x = F.linear(x, w_k).view(B, T, self.kv_heads, -1), F.linear(x, w_v), x[:, rows]
-		R, q = x.size(1), F.linear(x, w_q).view(*x.shape[:2], self.heads, -1)
+		q, k = F.linear(last_rows(x, R), w_q).view(B, R, self.heads, -1), F.linear(x, w_k).view(B, T, self.kv_heads, -1)
+		raw = F.linear(x, w_v)
 		raw = raw if value_extra is None else raw + value_extra
 		v = self.values(raw, v_first).view(B, T, self.kv_heads, -1)
-		q, k = rotate(rms_norm(q), *(p[rows] for p in rope)) * self.attn.q_gain.to(x.dtype)[:, None], rotate(rms_norm(k), *rope)
+		q, k = rotate(rms_norm(q), *(p[-R:] for p in rope)) * self.attn.q_gain.to(x.dtype)[:, None], rotate(rms_norm(k), *rope)
 		y = attention(q, k, v)
 		if self.attn.attn_gate is not None:
-			y = y * F.linear(x, *(p.to(x.dtype) for p in self.attn.attn_gate.parameters())).sigmoid().unsqueeze(-1)
+			y = y * F.linear(last_rows(x, R), *(p.to(x.dtype) for p in self.attn.attn_gate.parameters())).sigmoid().unsqueeze(-1)
 		if self.exclusive:  # take out of y what points along the token's own value (#549)
-			y, own = y.reshape(B, R, self.kv_heads, self.heads // self.kv_heads, -1), v[:, rows].unsqueeze(3)
+			y, own = y.reshape(B, R, self.kv_heads, self.heads // self.kv_heads, -1), last_rows(v, R).unsqueeze(3)
 			y = y - (y * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp_min(1e-24) * own
 		return y.reshape(B, R, -1), raw
 
@@ -737,8 +740,7 @@ class GPT(nn.Module):
 				x = x + self.skip_weights[i - L // 2].to(self.dtype) * skips.pop()
 			scaled = extra * self.ve_layer_scales[c.ve_layers.index(i)].to(self.dtype) if c.ve_enabled and i in c.ve_layers else None
 			weights = qo[i], qo[L + i], kv[i], kv[L + i], up[i], down[i]
-			rows = slice(T - tail if tail and n == len(order) else 0, None)
-			x, v = self.blocks[i](x, x0, weights, scaled, first, rope, self.attention, again, rows)
+			x, v = self.blocks[i](x, x0, weights, scaled, first, rope, self.attention, again, tail if tail and n == len(order) else T)
 			first = v if first is None else first
 			if i < L // 2 and not again: skips.append(x)
 		return rms_norm(x)
@@ -1271,8 +1273,7 @@ def score_batch(c, run, model, val, starts, firsts, pad_to, methods, out):
 	tail = T if any(method.all_rows for method in methods) or firsts.min(initial=T) < T - c.eval_stride else c.eval_stride
 	rows = np.flatnonzero(scored_rows(firsts - (T - tail), tail))
 	at = run.put((starts[:, None] + np.arange(T - tail, T)).ravel()[rows])
-	if run.compile and n:  # whole batches only, so that one shape is compiled
-		starts = starts[np.minimum(np.arange(pad_to), n - 1)]
+	if run.compile and n: starts = starts[np.minimum(np.arange(pad_to), n - 1)]  # whole batches only: one shape is compiled
 	tokens = val.tokens.unfold(0, T + 1, 1)[run.put(starts)]
 	h = model.hidden(tokens[:, :-1], tail)[:n] if n else torch.empty(0, tail, c.model_dim, device=run.device)
 	batch = Batch(h, tokens[:n, T + 1 - tail:], firsts - (T - tail), at, run.put(rows))
