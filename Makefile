@@ -1,10 +1,11 @@
-# make demo: a small run on a CPU, all evaluators.  make test: the tests; make soak: 200 kills.  make fineweb: the record's data.
+# make demo: a small run on a CPU, all evaluators.  make test: the tests; make soak: 200 kills.  make bench: speed.  make fineweb: the record's data.
 PYTHON ?= python3
 RUN_ID ?= demo_$(shell date +%Y%m%d_%H%M%S)
 TRAIN_SHARDS ?= 80
+BENCH_PRESET ?= demo
 BIN = .venv/bin
 
-.PHONY: demo demo-data fineweb test soak clean
+.PHONY: demo demo-data bench fineweb test soak clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -18,6 +19,10 @@ demo-data: .venv/installed
 demo: demo-data
 	PRESET=demo RUN_ID=$(RUN_ID) $(BIN)/torchrun --standalone --nproc_per_node=1 train_gpt.py
 	$(BIN)/python tools/report.py logs/$(RUN_ID) --scale
+
+bench: demo-data
+	PRESET=$(BENCH_PRESET) $(BIN)/python tools/bench.py
+	$(BIN)/python tools/bench.py --render
 
 fineweb: .venv/installed
 	$(BIN)/python data/prepare.py fineweb --train-shards $(TRAIN_SHARDS)

@@ -1055,9 +1055,8 @@ Batch = namedtuple("Batch", "h targets firsts at rows")
 
 class Plain:
 	"""The model's own distribution."""
-	all_rows = False  # whether nats() looks at others than those to score
 	def __init__(self, c, run, model, val):
-		self.c, self.run, self.model = c, run, model
+		self.c, self.run, self.model, self.all_rows = c, run, model, False  # whether nats() looks at others than those to score
 	def nats(self, b):
 		"""Nats [R] of the scored targets of a Batch."""
 		return row_nll(self.model, b.h, b.targets, b.rows)
@@ -1126,7 +1125,7 @@ class Slot(Plain):
 				m, state = mask[i:i + most].reshape(groups, -1), self.carry if past else self.fresh(groups)
 				rows = np.argsort(~m, 1, kind="stable")[:, :m.sum(1).max()]  # those to fit to, in order, then others
 				shares = np.take_along_axis(m, rows, 1) / (self.WINDOWS * usual if window else max(1, m.sum()))
-				rows, shares, scored = (torch.from_numpy(x).to(h.device) for x in (
+				rows, shares, scored = (self.run.put(x) for x in (
 					rows + np.arange(groups)[:, None] * T, shares.astype(np.float32), np.flatnonzero(scored_rows(b.firsts[i:i + most], T))))
 				for work in ("score", "fit") if past else ("fit", "score"):
 					if work == "score": found.append(row_nll(self.model, h, y, scored, self.shift(state)))
@@ -1210,7 +1209,7 @@ class ChunkTrainer:
 		starts = np.arange(begin, end, T)
 		reach = max(0, int(starts[-1]) + T - end)
 		starts[-1] -= reach
-		rows = tokens[torch.from_numpy(starts[:, None] + np.arange(T + 1)).to(tokens.device)]
+		rows = tokens[self.run.put(starts[:, None] + np.arange(T + 1))]
 		inputs, targets = rows[:, :-1], rows[:, 1:].clone()
 		targets[-1, :reach] = -100
 		self.optimizer.param_groups[0]["lr"] = rate
@@ -1309,7 +1308,7 @@ def score(run, model, val, jobs, progress=None):
 			batch = slice(first, min(first + size, end))  # empty on some ranks at the end
 			clock.moments.append(score_batch(c, run, model, val, starts[batch], firsts[batch], size, methods, out))
 			if perf_counter() - shown > 2:
-				shown = perf_counter()
+				shown, _ = perf_counter(), clock.seconds()  # or moments pile up
 				run.log(f"progress:{names} window:{batch.stop}/{len(starts)} chunk:{i + 1}/{chunks} seconds:{shown - clock.began:.1f}")
 		if i + 1 < chunks:  # the last chunk is scored only
 			text = i * c.ttt_chunk_tokens, (i + 1) * c.ttt_chunk_tokens

@@ -119,6 +119,18 @@ def test_record_model_fits_under_the_cap_with_its_code():
     t.load_state(other, state, "test")
 
 
+def test_streams_are_the_same_on_any_number_of_cores_and_no_more_than_are_read(monkeypatch):
+    raw, made = np.random.default_rng(0).integers(0, 9, 9 * 2**20 + 5, np.uint8).tobytes(), set()
+    for cores in (1, 2, 7):
+        monkeypatch.setattr(t.os, "cpu_count", lambda cores=cores: cores)
+        made.add(t.compress(raw))
+    blob, = made
+    assert t.expand(blob) == raw and blob.count(b"\xfd7zXZ\0") == t.STREAMS == 8
+    for wrong in (blob + t.compress(b"x"), blob[:-1], blob + b"x"):
+        with pytest.raises((ValueError, t.lzma.LZMAError)):
+            t.expand(wrong)
+
+
 def test_code_is_within_its_limits():
     text = Path(t.__file__).read_text()
     assert text.count("\n") <= 1500 and len(text.encode()) <= 97_000  # #1084's own script: 107,448 bytes

@@ -1,4 +1,5 @@
 """The model against a plain reading of its formulas, its parameters, and its causality."""
+import dataclasses
 import math
 
 import pytest
@@ -93,6 +94,35 @@ def test_model_is_the_formulas(changes):
         torch.testing.assert_close(ours.double(), plain, rtol=1e-5, atol=1e-5)
         loss = F.cross_entropy((c.logit_softcap * torch.tanh(plain / c.logit_softcap)).flatten(0, 1), ids.flatten())
         assert model(ids, ids).item() == pytest.approx(loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(XSA_LAST_N="0"), dict(NUM_KV_HEADS="4"), dict(VRL_ENABLED="1", GATED_ATTENTION="1"), dict(NUM_LAYERS="1", VE_LAYERS="0"),
+                                     dict(RECUR_LAYERS="2", RECUR_START="0")])
+@pytest.mark.parametrize("tail", [1, 8, 24])
+def test_the_last_rows_alone_are_those_of_all(tail, changes):
+    c = config(**changes)
+    model, ids = random_model(c), torch.randint(0, c.vocab_size, (3, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole, some = model.hidden(ids), model.hidden(ids, tail)
+    assert some.shape == (3, tail, c.model_dim)
+    torch.testing.assert_close(some, whole[:, -tail:], rtol=1e-5, atol=2e-6)
+
+
+def test_only_scored_rows_meet_the_last_block(stream, monkeypatch):
+    """The rows that evaluators ask for: the stride's, where the first window is not in the batch and no method looks at more."""
+    c = config(VAL_BATCH_SIZE="64", SLOT_BATCH_SEQS="2")
+    (run, val), model, asked = stream(c, 128), random_model(c), []
+    hidden = model.hidden
+    model.hidden = lambda ids, tail=None: asked.append(tail) or hidden(ids, tail)
+    for label, loss, usual in (("sliding_window", "all", 8), ("slot", "all", 32), ("slot", "context", 32), ("slot", "scored", 8), ("slot", "past", 8)):
+        asked.clear()
+        t.score(run, model, val, [(label, dataclasses.replace(c, slot_loss=loss))])
+        assert asked[0] == 32 and set(asked[1:]) == {usual}, (label, loss)
+
+
+def test_the_kernel_that_attention_takes_is_named():
+    c = config()
+    assert t.attention_kernel("sdpa", c, t.Run(c)) == "sdpa_flash" and t.attention_kernel("fa3", c, None) == "fa3"
 
 
 def test_record_model_has_the_published_number_of_parameters_and_rope_base():

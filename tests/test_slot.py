@@ -1,7 +1,6 @@
 """SLOT in every mode: equal to autograd and torch's AdamW, independent of batches and ranks, within its memory, and labelled right."""
 import dataclasses
 import itertools
-import math
 import time
 
 import audit
@@ -10,48 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, config, process, random_model, read_metrics, t
+from plain import autograd_slot
 
 MODES = list(itertools.product(("shared", "window"), ("0", "1"), ("all", "scored", "context", "past")))
-
-
-def autograd_slot(c, model, h, targets, firsts, carry=None):
-    """Nats [B,T] of a batch of windows under SLOT, straightforwardly, as published: at every step the logits of all positions, a mask
-    on their loss, autograd through the head and torch's AdamW.
-
-    carry: a dict that keeps delta, bias and optimiser between batches (SLOT_LOSS=past, which scores first).
-    """
-    T, weight, window = h.size(1), model.head_weight().detach(), c.slot_delta == "window"
-    columns = torch.arange(T)
-    first = torch.from_numpy(firsts)[:, None]
-    mask = {"all": (columns < T - 1).expand(len(h), T), "context": columns < first}.get(c.slot_loss, columns >= first)
-    usual = {"all": T - 1, "context": T - c.eval_stride}.get(c.slot_loss, c.eval_stride)
-    share = 1 / (32 * usual) if window else 1 / max(1, int(mask.sum()))
-    state = carry if carry else {}
-    if not state:
-        groups = len(h) if window and c.slot_loss != "past" else 1
-        state["params"] = [torch.zeros(groups, 1, n, dtype=h.dtype, requires_grad=True) for n in (h.size(2), len(weight))[:1 + c.slot_bias]]
-        state["adam"] = torch.optim.AdamW(state["params"], lr=c.slot_lr, weight_decay=1e-8, eps=1e-5)
-        if carry is not None:
-            carry.update(state)
-
-    def nats():
-        z = F.linear(h + state["params"][0], weight) + (state["params"][1] if c.slot_bias else 0)
-        return F.cross_entropy(model.cap(z).flatten(0, 1), targets.flatten(), reduction="none").view(len(h), T)
-
-    with torch.no_grad():
-        before = nats()
-    low, moved, last = c.slot_lr if c.slot_lr_min < 0 else c.slot_lr_min, 0.0, None
-    for step in range(c.slot_steps):
-        with torch.enable_grad():
-            state["adam"].zero_grad()
-            ((nats() * mask).sum() * share).backward()
-        grad = torch.cat([p.grad.flatten() for p in state["params"]])
-        moved, last = moved + (c.slot_hyper_lr * (grad @ last).item() if step and c.slot_hyper_lr else 0), grad
-        for group in state["adam"].param_groups:
-            group["lr"] = low + (c.slot_lr - low) * 0.5 * (1 + math.cos(math.pi * step / max(c.slot_steps - 1, 1))) + moved
-        state["adam"].step()
-    with torch.no_grad():
-        return before if c.slot_loss == "past" else nats()
 
 
 def autograd_stream(c, model, tokens, n):

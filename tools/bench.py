@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from audit import Stream  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 
+STEPS = 6  # of training in a turn: kept memory is worth something from the second on
 PEAK = {"NVIDIA H100 80GB HBM3": 989.5e12, "NVIDIA H200": 989.5e12}  # dense bf16 FLOP/s by their data sheets
 SLOT_MODES = {"one delta a batch, 3 steps": {}, "one delta, carried on (causal), 3 steps": {"slot_loss": "past"},
               "a delta and bias a window, 24 steps": {"slot_delta": "window", "slot_bias": True, "slot_loss": "scored", "slot_steps": 24}}
@@ -89,13 +89,18 @@ class Bench:
             raise t.BadInput(f"--targets {targets}: the first validation shard has {len(tokens) - 1}; give less.")
         return Stream(torch.from_numpy(tokens).to(self.run.device))
 
-    def compare(self, work):
-        """{name: [seconds]} of work {name: function}, in turn, after a round that is not counted."""
+    def largest_block(self, sequences):
+        """Bytes of the largest tensor of a layer or of logits, of so many sequences, that glibc's own rule would learn to keep: under 32 MiB."""
+        tokens, c = sequences * self.c.eval_seq_len, self.c
+        return max((x for x in (4 * tokens * width for width in (c.model_dim, int(c.model_dim * c.mlp_mult), c.vocab_size)) if x < 2**25), default=2**25)
+
+    def compare(self, work, block):
+        """{name: [seconds]} of work {name: function}, in turn, after a round that is not counted. The baseline runs with what glibc's malloc
+        learns by itself in a script that asks for nothing: blocks up to the largest that was freed are kept, and twice that at the end."""
         seconds = {name: [] for name in work}
         for i in range(self.rounds + 1):
             for name, function in work.items():
-                # the plain versions run as a plain script would: without what the script asks of the allocator
-                t.keep_freed_memory(*((2**17, 2**17) if "plain" in name else ()))
+                t.keep_freed_memory(*((block, 2 * block) if "plain" in name else ()))
                 gc.collect()
                 self.run.synchronize()
                 began = time.perf_counter()
@@ -142,10 +147,10 @@ def bench_step(b):
             torch.cuda.reset_peak_memory_stats()
         losses[name] = [float(step(i)) for i in range(3)]
         memory[name] = torch.cuda.max_memory_allocated() if run.cuda else 0
-        count = iter(range(3, 1000))
-        work[name] = lambda step=step, count=count: [step(next(count)) for _ in range(2)][0]
+        count = iter(range(3, 10**6))
+        work[name] = lambda step=step, count=count: [step(next(count)) for _ in range(STEPS)]
     equal("training loss", losses, 2e-2 if run.cuda else 1e-4)
-    seconds = {name: [s / 2 for s in found] for name, found in b.compare(work).items()}
+    seconds = {name: [s / STEPS for s in found] for name, found in b.compare(work, b.largest_block(c.train_batch_tokens // c.eval_seq_len)).items()}
     more = {"tokens": c.train_batch_tokens}
     if run.cuda:
         more["memory"] = memory
@@ -153,47 +158,56 @@ def bench_step(b):
         if peak:
             more["mfu"] = {name: flops_a_token(c) * c.train_batch_tokens / statistics.median(s) / peak for name, s in seconds.items()}
     else:
-        more["memory"] = {name: child_memory(name) for name in ("plain", "script")}
+        more["memory"] = {name: child_memory(name) for name in ("plain", "script")} if sys.platform == "linux" else {}
     return [row("step", seconds, **more)]
 
 
 def child_memory(name):
-    """Peak resident bytes that three training steps add in a process of their own."""
+    """Bytes that the process grows by, at its largest, in three training steps; measured in a process of its own."""
     done = subprocess.run([sys.executable, __file__, "--memory", name], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
+def status(field):
+    """Bytes of a line of /proc/self/status."""
+    return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
 def measure_memory(b, name):
-    """What child_memory() runs."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    b.compiles, b.rounds = False, 1
+    """What child_memory() runs, on Linux."""
+    b.compiles = False
     model = b.sides()[name]
     if name == "plain":
         trainer = plain.PlainTrainer(b.c, model)
-        for i in range(3):
-            rows = b.data.load(i)
-            trainer.step([rows[:, :-1]], [rows[:, 1:]], i, 1.0)
     else:
-        optimizer, averages, feed = t.Optimizer(b.c, b.run, model), t.Averages(b.c, model.parameters()), b.data.batches()
-        for i in range(3):
-            t.train_step(b.c, b.run, model, optimizer, next(feed), i, 1.0)
+        optimizer, averages = t.Optimizer(b.c, b.run, model), t.Averages(b.c, model.parameters())
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = status("VmRSS")
+    for i in range(3):
+        rows = b.data.load(i)
+        if name == "plain":
+            trainer.step([rows[:, :-1]], [rows[:, 1:]], i, 1.0)
+        else:
+            t.train_step(b.c, b.run, model, optimizer, (rows[:, :-1], rows[:, 1:]), i, 1.0)
             averages.update(1.0)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return status("VmHWM") - before
 
 
 def bench_sliding(b):
-    """Sliding windows, without adaptation."""
-    val, sides, nats = b.stream(b.targets), b.sides(), {}
+    """Sliding windows, without adaptation: the baseline window by window, and in batches of 32 as the lineage."""
+    val, sides, rows = b.stream(b.targets), b.sides(), []
+    for batch, what in ((1, "baseline window by window"), (32, "baseline in batches of 32 windows")):
+        nats = {}
 
-    def evaluate(name, model):
-        if name == "plain":
-            nats[name] = plain.PlainEvaluation(b.c, model, val.tokens).run()
-        else:
-            nats[name] = t.score(b.runs[name], model, val, [("sliding_window", b.c)])[0][0].cpu()
-    work = {name: lambda name=name, model=model: evaluate(name, model) for name, model in sides.items()}
-    seconds = b.compare(work)
-    equal("sliding val_loss", {name: x.double().mean() for name, x in nats.items()}, 1e-3 if b.run.cuda else 2e-6)
-    return [row(f"stride {b.c.eval_stride}", seconds, tokens=val.n)]
+        def evaluate(name, model, batch=batch, nats=nats):
+            if name == "plain":
+                nats[name] = plain.PlainEvaluation(b.c, model, val.tokens, batch=batch).run()
+            else:
+                nats[name] = t.score(b.runs[name], model, val, [("sliding_window", b.c)])[0][0].cpu()
+        seconds = b.compare({name: lambda name=name, model=model: evaluate(name, model) for name, model in sides.items()}, b.largest_block(batch))
+        equal("sliding val_loss", {name: x.double().mean() for name, x in nats.items()}, 1e-3 if b.run.cuda else 2e-6)
+        rows.append(row(f"stride {b.c.eval_stride}, {what}", seconds, tokens=val.n))
+    return rows
 
 
 @contextlib.contextmanager
@@ -230,7 +244,7 @@ def bench_ttt(b):
         parts["score"].setdefault(name, []).append((time.perf_counter() - began - spent[0]) / 3)
         parts["train"].setdefault(name, []).append(spent[0] / 2)
     sides = b.sides()
-    whole = b.compare({name: lambda name=name, model=model: evaluate(name, model) for name, model in sides.items()})
+    whole = b.compare({name: lambda name=name, model=model: evaluate(name, model) for name, model in sides.items()}, b.largest_block(c.ttt_batch_seqs))
     equal("TTT + SLOT val_loss", {name: x.double().mean() for name, x in nats.items()}, 1e-2 if b.run.cuda else 1e-5)
     rows = [row("three chunks, two trained on", whole, tokens=val.n)]
     return rows + [row(f"{what} a chunk of {c.ttt_chunk_tokens} targets", {n: s[1:] for n, s in found.items()}) for what, found in parts.items()]
@@ -251,7 +265,7 @@ def bench_slot(b):
                     else:
                         nats[name] = t.score(b.runs[name], model, val, [(label, c)])[0][0].cpu()
                 work[name, label] = evaluate
-        found = b.compare(work)
+        found = b.compare(work, b.largest_block(c.slot_batch_seqs))
         equal(f"SLOT, {what}: val_loss", {name: x.double().mean() for name, x in nats.items()}, 1e-3 if b.run.cuda else 1e-5)
         rows.append(row(what, {name: [x - y for x, y in zip(found[name, "slot"], found[name, "sliding_window"])] for name in sides},
                         share={name: statistics.median(x / y - 1 for x, y in zip(found[name, "slot"], found[name, "sliding_window"])) for name in sides}))
@@ -275,7 +289,7 @@ def bench_export(b, changes=None):
         else:
             sizes[name] = len(t.Quantizer(c, {n: p.to(b.run.device) for n, p in state.items()}).fit(c.artifact_bytes - (ROOT / "train_gpt.py").stat().st_size)[0])
     rounds, b.rounds = b.rounds, 1 if changes is None else b.rounds
-    seconds = b.compare({name: lambda name=name: run(name) for name in ("plain", "script")})
+    seconds = b.compare({name: lambda name=name: run(name) for name in ("plain", "script")}, 4 * max(p[0].numel() for p in model.parameters() if p.dim() == 3))
     b.rounds = rounds
     return [row(f"{sum(p.numel() for p in model.parameters()):,} parameters", seconds, bytes=sizes)]
 
@@ -372,7 +386,7 @@ def render(files):
     for path in files:
         found = json.loads(path.read_text())
         lines += ["", f"## {found['device']}", "", f"`{found['command']}`, torch {found['torch']}, Python {found['python']}, attention {found['attention']}, {found['rounds']} rounds, "
-                  f"`{path.relative_to(ROOT)}`. Configuration: {found['configuration']}."]
+                  f"`logs/{path.name}`. Configuration: {found['configuration']}."]
         for title, rows in found["parts"].items():
             base = "lineage's" if any("lineage" in row["seconds"] for row in rows) else "baseline's"
             lines += ["", f"### {title}", "", f"| | {base} seconds | script's | ratio | with COMPILE=1 | ratio | tokens/s |", "|---|---:|---:|---:|---:|---:|---:|"]
@@ -443,7 +457,8 @@ def main():
             path.write_text(json.dumps(found, indent=1) + "\n")  # what was measured so far survives
         print(f"wrote {path}")
     except (t.BadInput, t.Fault) as problem:
-        sys.exit(f"error: {problem}")
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2 if isinstance(problem, t.BadInput) else 1)
 
 
 if __name__ == "__main__":
