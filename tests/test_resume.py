@@ -462,7 +462,7 @@ import train_gpt as t
 forward, calls = t.GPT.forward, []
 def spoilt(self, ids, targets, reduction="mean"):
     calls.append(1)
-    return forward(self, ids, targets, reduction, trunk) * (float("inf") if len(calls) == 8 and os.environ["RANK"] == "1" else 1)
+    return forward(self, ids, targets, reduction) * (float("inf") if len(calls) == 8 and os.environ["RANK"] == "1" else 1)
 t.GPT.forward = spoilt
 t.main()
 """)
