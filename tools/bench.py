@@ -5,8 +5,8 @@
   python tools/bench.py --lineage DIR          also the settings for which times of #1084's and #1313's own scripts are known
   python tools/bench.py --render               write BENCHMARKS.md from logs/bench_*.json
 
-The baselines are in tools/plain.py; before a part is timed its results are held against theirs. A ratio is the median over rounds of the
-baseline's seconds over the script's, so that a machine which is busy for a while does not tell. On a CPU the script is timed as it is
+The baselines are in tools/plain.py; a part counts only if its results are theirs. A ratio is the median over rounds of the baseline's
+seconds over the script's, so that a machine which is busy for a while does not tell. On a CPU the script is timed as it is
 and with COMPILE=1, the baseline as it is; on a GPU both are compiled. Settings are the script's own environment variables.
 """
 import argparse
@@ -90,9 +90,10 @@ class Bench:
         return Stream(torch.from_numpy(tokens).to(self.run.device))
 
     def largest_block(self, sequences):
-        """Bytes of the largest tensor of a layer or of logits, of so many sequences, that glibc's own rule would learn to keep: under 32 MiB."""
+        """Bytes of the largest tensor, of so many sequences, that glibc's own rule would learn to keep: under 32 MiB."""
         tokens, c = sequences * self.c.eval_seq_len, self.c
-        return max((x for x in (4 * tokens * width for width in (c.model_dim, int(c.model_dim * c.mlp_mult), c.vocab_size)) if x < 2**25), default=2**25)
+        sizes = [4 * tokens * width for width in (c.model_dim, int(c.model_dim * c.mlp_mult), c.vocab_size)]
+        return max((size for size in sizes if size < 2**25), default=2**25)
 
     def compare(self, work, block):
         """{name: [seconds]} of work {name: function}, in turn, after a round that is not counted. The baseline runs with what glibc's malloc
@@ -122,7 +123,7 @@ def equal(what, found, limit):
     """Raises Fault unless all sides give the plain one's numbers."""
     for name, values in found.items():
         gap = (torch.as_tensor(values).double() - torch.as_tensor(found["plain"]).double()).abs().max().item()
-        t.refuse(not gap <= limit, f"{what}: {name} differs from the plain version by {gap:.2e}, over {limit}; the bench compares equal work only.", t.Fault)
+        t.refuse(not gap <= limit, f"{what}: {name} differs from the plain version by {gap:.2e}, over {limit}; only equal work is compared.", t.Fault)
 
 
 def bench_step(b):
@@ -204,7 +205,8 @@ def bench_sliding(b):
                 nats[name] = plain.PlainEvaluation(b.c, model, val.tokens, batch=batch).run()
             else:
                 nats[name] = t.score(b.runs[name], model, val, [("sliding_window", b.c)])[0][0].cpu()
-        seconds = b.compare({name: lambda name=name, model=model: evaluate(name, model) for name, model in sides.items()}, b.largest_block(batch))
+        work = {name: lambda name=name, model=model: evaluate(name, model) for name, model in sides.items()}
+        seconds = b.compare(work, b.largest_block(batch))
         equal("sliding val_loss", {name: x.double().mean() for name, x in nats.items()}, 1e-3 if b.run.cuda else 2e-6)
         rows.append(row(f"stride {b.c.eval_stride}, {what}", seconds, tokens=val.n))
     return rows
@@ -244,7 +246,8 @@ def bench_ttt(b):
         parts["score"].setdefault(name, []).append((time.perf_counter() - began - spent[0]) / 3)
         parts["train"].setdefault(name, []).append(spent[0] / 2)
     sides = b.sides()
-    whole = b.compare({name: lambda name=name, model=model: evaluate(name, model) for name, model in sides.items()}, b.largest_block(c.ttt_batch_seqs))
+    work = {name: lambda name=name, model=model: evaluate(name, model) for name, model in sides.items()}
+    whole = b.compare(work, b.largest_block(c.ttt_batch_seqs))
     equal("TTT + SLOT val_loss", {name: x.double().mean() for name, x in nats.items()}, 1e-2 if b.run.cuda else 1e-5)
     rows = [row("three chunks, two trained on", whole, tokens=val.n)]
     return rows + [row(f"{what} a chunk of {c.ttt_chunk_tokens} targets", {n: s[1:] for n, s in found.items()}) for what, found in parts.items()]
@@ -267,8 +270,9 @@ def bench_slot(b):
                 work[name, label] = evaluate
         found = b.compare(work, b.largest_block(c.slot_batch_seqs))
         equal(f"SLOT, {what}: val_loss", {name: x.double().mean() for name, x in nats.items()}, 1e-3 if b.run.cuda else 1e-5)
-        rows.append(row(what, {name: [x - y for x, y in zip(found[name, "slot"], found[name, "sliding_window"])] for name in sides},
-                        share={name: statistics.median(x / y - 1 for x, y in zip(found[name, "slot"], found[name, "sliding_window"])) for name in sides}))
+        pairs = {name: [*zip(found[name, "slot"], found[name, "sliding_window"])] for name in sides}
+        rows.append(row(what, {name: [x - y for x, y in pair] for name, pair in pairs.items()},
+                        share={name: statistics.median(x / y - 1 for x, y in pair) for name, pair in pairs.items()}))
     return rows
 
 
@@ -287,9 +291,11 @@ def bench_export(b, changes=None):
             sizes[name] = len(plain.plain_quantize(c, state)[0])
             torch.set_num_threads(threads)
         else:
-            sizes[name] = len(t.Quantizer(c, {n: p.to(b.run.device) for n, p in state.items()}).fit(c.artifact_bytes - (ROOT / "train_gpt.py").stat().st_size)[0])
+            there = {n: p.to(b.run.device) for n, p in state.items()}
+            sizes[name] = len(t.Quantizer(c, there).fit(c.artifact_bytes - Path(t.__file__).stat().st_size)[0])
     rounds, b.rounds = b.rounds, 1 if changes is None else b.rounds
-    seconds = b.compare({name: lambda name=name: run(name) for name in ("plain", "script")}, 4 * max(p[0].numel() for p in model.parameters() if p.dim() == 3))
+    block = 4 * max(p[0].numel() for p in model.parameters() if p.dim() == 3)
+    seconds = b.compare({name: lambda name=name: run(name) for name in ("plain", "script")}, block)
     b.rounds = rounds
     return [row(f"{sum(p.numel() for p in model.parameters()):,} parameters", seconds, bytes=sizes)]
 
@@ -380,21 +386,24 @@ def cells(row):
 
 def render(files):
     """Text of BENCHMARKS.md."""
-    lines = ["# Benchmarks", "", "Written by `python tools/bench.py --render` from `logs/bench_*.json`; a test regenerates it. Seconds are medians, ratios are medians over "
-             "rounds of the baseline's seconds over the script's, the two in turn in one process: over 1 is faster. The baselines, in `tools/plain.py`, are plain PyTorch "
-             "of the same arithmetic; before a part is timed its results are held against theirs."]
+    lines = ["# Benchmarks", "",
+             "Written by `python tools/bench.py --render` from `logs/bench_*.json`; a test regenerates it. Seconds are medians, ratios are medians "
+             "over rounds of the baseline's seconds over the script's, the two in turn in one process: over 1 is faster. The baselines, in "
+             "`tools/plain.py`, are plain PyTorch of the same arithmetic; a part counts only if its results are theirs."]
     for path in files:
         found = json.loads(path.read_text())
-        lines += ["", f"## {found['device']}", "", f"`{found['command']}`, torch {found['torch']}, Python {found['python']}, attention {found['attention']}, {found['rounds']} rounds, "
-                  f"`logs/{path.name}`. Configuration: {found['configuration']}."]
+        lines += ["", f"## {found['device']}", "",
+                  f"`{found['command']}`, torch {found['torch']}, Python {found['python']}, attention {found['attention']}, "
+                  f"{found['rounds']} rounds, `logs/{path.name}`. Configuration: {found['configuration']}."]
         for title, rows in found["parts"].items():
             base = "lineage's" if any("lineage" in row["seconds"] for row in rows) else "baseline's"
-            lines += ["", f"### {title}", "", f"| | {base} seconds | script's | ratio | with COMPILE=1 | ratio | tokens/s |", "|---|---:|---:|---:|---:|---:|---:|"]
+            lines += ["", f"### {title}", "", f"| | {base} seconds | script's | ratio | with COMPILE=1 | ratio | tokens/s |"]
+            lines.append("|---|---:|---:|---:|---:|---:|---:|")
             lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
             for row in rows:
                 lines += notes(row)
     if not any(json.loads(path.read_text())["cuda"] for path in files):
-        lines += ["", "## GPU", "", "Not measured: no GPU was at hand. MFU, peak GPU memory, step time, evaluation and TTT on a GPU: not measured."]
+        lines += ["", "## GPU", "", "Not measured: no GPU was at hand. Step time, MFU, peak GPU memory, evaluation and TTT on a GPU: not measured."]
     return "\n".join(lines) + "\n"
 
 
@@ -406,7 +415,7 @@ def notes(row):
     if "memory" in row:
         found.append("Peak memory: " + ", ".join(f"{name} {x / 2**20:,.0f} MiB" for name, x in row["memory"].items()) + ".")
     if "share" in row:
-        found.append(f"{row['what']}: adds " + ", ".join(f"{x:.0%} ({name})" for name, x in row["share"].items()) + " to the seconds of sliding.")
+        found.append(f"{row['what']}: adds to the seconds of sliding " + ", ".join(f"{name} {x:.0%}" for name, x in row["share"].items()) + ".")
     if "bytes" in row:
         found.append("Artifact: " + ", ".join(f"{name} {x:,} bytes" for name, x in row["bytes"].items()) + ".")
     return ["", " ".join(found)] if found else []
@@ -442,9 +451,11 @@ def main():
             print(measure_memory(b, options.memory))
             return
         title, short = device_name(b.run)
-        found = {"device": title, "cuda": b.run.cuda, "torch": torch.__version__, "python": platform.python_version(), "attention": b.attention[0], "rounds": b.rounds,
-                 "configuration": f"PRESET={b.c.preset}" + "".join(f" {n.upper()}={t.shown(getattr(b.c, n))}" for n in sorted(b.c.explicit) if n not in ("preset", "data_path", "tokenizer_path")),
-                 "command": "python tools/bench.py " + " ".join(a if not a.startswith(("/", "..")) else "DIR" for a in sys.argv[1:]),
+        given = sorted(b.c.explicit - {"preset", "data_path", "tokenizer_path"})
+        found = {"device": title, "cuda": b.run.cuda, "torch": torch.__version__, "python": platform.python_version(), "rounds": b.rounds,
+                 "attention": t.attention_kernel(b.attention[0], b.c, b.run),
+                 "configuration": " ".join([f"PRESET={b.c.preset}", *(f"{n.upper()}={t.shown(getattr(b.c, n))}" for n in given)]),
+                 "command": " ".join(["python tools/bench.py", *("DIR" if a.startswith(("/", "..")) else a for a in sys.argv[1:])]),
                  "sha256_of_script": hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest(), "parts": {}}
         path = options.out or ROOT / "logs" / f"bench_{short}.json"
         jobs = [(PARTS[name][1], lambda name=name: PARTS[name][0](b)) for name in options.parts]
