@@ -402,6 +402,8 @@ def render(files):
             lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
             for row in rows:
                 lines += notes(row)
+            if base == "lineage's":
+                lines += ["", "The lineage's seconds were measured elsewhere with the same settings: no comparison in turn."]
     if not any(json.loads(path.read_text())["cuda"] for path in files):
         lines += ["", "## GPU", "", "Not measured: no GPU was at hand. Step time, MFU, peak GPU memory, evaluation and TTT on a GPU: not measured."]
     return "\n".join(lines) + "\n"
