@@ -436,7 +436,7 @@ class Poll:
 	def ask(self, value=0.0, tensor=None):
 		"""[rank 0's value, signals that came to any rank, tensor], or None for the first lag calls."""
 		row = self.run.sum(self.run.put(np.array([value * (self.run.rank == 0), len(STOPS)], dtype=np.float64)))
-		row = row if tensor is None else torch.cat((row, tensor.view(1)))
+		if tensor is not None: row = torch.cat((row, tensor.view(1)))
 		self.sent.append((row.to("cpu", non_blocking=True), self.run.moment()))
 		if len(self.sent) <= self.lag: return None
 		row, asked = self.sent.popleft()
@@ -768,7 +768,7 @@ class GPT(nn.Module):
 
 def compile_model(model):
 	"""Compile what training and all evaluators share; kept in the user's cache for the next run."""
-	os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "train_gpt"))
+	if os.access(home := os.path.expanduser("~"), os.W_OK): os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{home}/.cache/train_gpt")
 	model.hidden, model.forward = (torch.compile(f, dynamic=False) for f in (model.hidden, model.forward))
 
 # ---------- optimiser

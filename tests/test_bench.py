@@ -143,3 +143,12 @@ def test_the_speeds_that_the_readme_gives_are_measured():
     cold, warm = (start[2]["seconds"][name] for name in ("plain", "script"))
     assert f"{cold:.0f} s with an empty compile cache, {warm:.0f} s with a warm one" in readme
     assert all(row["ratio"]["script"] > 1 for row in found["Against the lineage's own scripts, CPU seconds of one thread"].values())
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_compiled_code_is_kept_in_the_users_cache_if_there_can_be_one(writable, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path if writable else tmp_path / "none"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "x")  # so that monkeypatch puts it back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    t.compile_model(t.GPT(config()))
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == (str(tmp_path / ".cache/train_gpt") if writable else None)
