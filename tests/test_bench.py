@@ -151,4 +151,5 @@ def test_compiled_code_is_kept_in_the_users_cache_if_there_can_be_one(writable, 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "x")  # so that monkeypatch puts it back
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     t.compile_model(t.GPT(config()))
-    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == (str(tmp_path / ".cache/train_gpt") if writable else None)
+    kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")  # torch names a folder of its own if there is none
+    assert kept == str(tmp_path / ".cache/train_gpt") if writable else not kept.startswith(str(tmp_path))
