@@ -5,6 +5,8 @@ together one by one and scored in batches with the logits of all their rows, SLO
 each parameter. Parameter names are those of an artifact: PlainGPT(c).load_state_dict(split_banks(model.state_dict(), c.num_layers)).
 Recurrence, gates and VALUE_RESIDUAL are left out. Shapes as in train_gpt.py.
 """
+import io
+import lzma
 import math
 
 import numpy as np
@@ -254,7 +256,7 @@ class PlainEvaluation:
 
     def __init__(self, c, model, tokens, label="sliding_window", batch=32):
         self.c, self.model, self.tokens, self.label, self.batch = c, model, tokens, label, batch
-        self.nats, self.n, self.score_seconds = torch.zeros(len(tokens) - 1), len(tokens) - 1, 0.0
+        self.nats, self.n = torch.zeros(len(tokens) - 1), len(tokens) - 1
         self.starts, self.firsts = t.plan_windows(self.n, c.eval_seq_len, c.eval_stride)
         self.sgd = torch.optim.SGD(model.parameters(), lr=1.0, momentum=c.ttt_momentum)
         self.carry = {} if c.slot_loss == "past" else None
@@ -308,8 +310,6 @@ class PlainEvaluation:
 def plain_quantize(c, state):
     """(artifact bytes, state dict) of GPTQ-lite as the lineage does it: a pass over each matrix, on one core, for each of five quantiles,
     then LZMA's preset 6 over torch.save."""
-    import io
-    import lzma
     out = {}
     for name, w in t.split_banks(state, c.num_layers).items():
         kind = t.parameter_rule(name)[2]
