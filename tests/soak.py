@@ -30,12 +30,12 @@ from conftest import ROOT, TINY, make_tiny_data, t
 SETTINGS = dict(
     TINY, ITERATIONS="80", SAVE_EVERY="5", VAL_LOSS_EVERY="20", TRAIN_LOG_EVERY="10", WARMDOWN_ITERS="40", EVAL_STRIDE="1", TTT_CHUNK_TOKENS="64",
     VAL_BATCH_SIZE="128", EVALS="roundtrip,sliding_window,ttt,ttt_slot,slot,ctw", CTW_WEIGHT="0.1", SAVE_NLL="1", TTT_BATCH_SEQS="2")
-PHASES = ("step:20/", "late_qat:on", "average_raw", "final_float", "quantised", "pass_int6_roundtrip", "pass_int6_sliding_window")
+PHASES = ("step:20/", "late_qat:on", "average_none", "final_float", "quantised", "pass_artifact_roundtrip", "pass_artifact_sliding_window")
 PHASE_NAMES = (  # the last line of a log -> what the run was doing after it
     (r"$|settings|log:|python:", "starting"), (r"model_params|train_shards|step:|late_qat|resuming from .*checkpoint", "training"),
     (r"average|training|pass_float|stopping", "averaging, float score"), (r"final_float|quantised|Code|Serialized|Total|artifact", "exporting, roundtrip"),
-    (r"pass_int6_roundtrip|final_int6_roundtrip", "sliding, slot, ctw"), (r"pass_int6_s|final_int6_s|final_int6_ctw|progress:s|resuming from .*progress_int6_s", "TTT"),
-    (r"resuming from .*progress|progress:", "an evaluation that went on"), (r"stopped by", "starting again"), (r"pass_int6_t|final_int6_t|eval_total", "ending"))
+    (r"pass_artifact_roundtrip|final_artifact_roundtrip", "sliding, slot, ctw"), (r"pass_artifact_s|final_artifact_s|final_artifact_ctw|progress:s|resuming from .*progress_artifact_s", "TTT"),
+    (r"resuming from .*progress|progress:", "an evaluation that went on"), (r"stopped by", "starting again"), (r"pass_artifact_t|final_artifact_t|eval_total", "ending"))
 
 
 class Chain:
@@ -58,7 +58,7 @@ class Chain:
 
     def phase(self):
         last = ([""] + self.lines())[-1]
-        if last.startswith("train_shards") and (self.folder / "logs/soak/final_model.int6.ptz").exists():
+        if last.startswith("train_shards") and (self.folder / "logs/soak/final_model.ptz").exists():
             last = "progress:"
         writing = "+writing a file" * bool(list(self.folder.rglob("*.part")))
         return next((name for pattern, name in PHASE_NAMES if re.match(pattern, last)), f"after {last[:30]!r}") + writing
@@ -109,7 +109,7 @@ class Chain:
     def check_files(self):
         """Only whole files, and no others than a run leaves."""
         names = {re.sub(r"\d{9}", "N", p.name) for p in (self.folder / "logs/soak").iterdir()}
-        assert names == {"metrics.jsonl", "checkpoint.N.ckpt", "final_model.int6.ptz", *(f"nll_{e}.npy" for e in SETTINGS["EVALS"].split(","))}, names
+        assert names == {"metrics.jsonl", "checkpoint.N.ckpt", "final_model.ptz", *(f"nll_{e}.npy" for e in SETTINGS["EVALS"].split(","))}, names
         for path in (self.folder / "logs/soak").glob("*.ckpt"):
             t.unseal(bytearray(path.read_bytes()))
         assert self.log.read_text().endswith("\n") and sum(line.startswith("eval_total") for line in self.lines()) == 1

@@ -137,7 +137,7 @@ def test_scores_are_the_same_on_any_number_of_ranks(tiny_data, tmp_path):
     assert process(env, tmp_path).returncode == 0
     found = []
     for ranks in (1, 2, 3):
-        done = process({**env, "RUN_ID": f"r{ranks}", "LOAD_ARTIFACT": str(tmp_path / "logs/made/final_model.int6.ptz"), "EVALS": "ctw,ttt_ctw",
+        done = process({**env, "RUN_ID": f"r{ranks}", "LOAD_ARTIFACT": str(tmp_path / "logs/made/final_model.ptz"), "EVALS": "ctw,ttt_ctw",
                         "CTW_WEIGHT": "0.5", "CTW_ENTROPY_THRESHOLD": "1"}, tmp_path, ranks)
         assert done.returncode == 0, done.stderr
         found.append({k: v["val_loss"] for k, v in read_metrics(tmp_path / "logs" / f"r{ranks}").items() if k.startswith("final_")})

@@ -155,7 +155,7 @@ def our_log(path, seed=1, ttt=2.5, slot=2.4, finished=True, **settings):
               "final_float_roundtrip val_loss:2.90000000 val_bpb:1.70000000 tokens:10 bytes:20 causal:yes eval_time:5ms", "Code size: 900 bytes",
               "Total submission size int6+lzma: 2000 bytes"]
     for label, loss, causal in (("roundtrip", 2.91, "yes"), ("sliding_window", 2.7, "yes"), ("ttt", ttt, "yes"), ("ttt_slot", slot, "no")):
-        lines.append(f"final_int6_{label} val_loss:{loss:.8f} val_bpb:{loss * 0.6:.8f} tokens:10 bytes:20 causal:{causal} eval_time:1000ms" +
+        lines.append(f"final_artifact_{label} val_loss:{loss:.8f} val_bpb:{loss * 0.6:.8f} tokens:10 bytes:20 causal:{causal} eval_time:1000ms" +
                      " breaks:C1,C2,C3" * (causal == "no"))
     path.write_text(HEAD + "\n".join(lines + ["eval_total eval_time:3000ms"] * finished) + "\n")
     return path
@@ -216,7 +216,7 @@ def test_table_csv_and_update(tmp_path, capsys):
     assert report.main([*map(str, paths), "--csv", str(tmp_path / "t.csv"), "--update", str(tmp_path / "README.md")]) == 0
     out = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
-    assert rows[0] == ["seed", "steps", "step average", "before averaging", "float", "int6 roundtrip", "sliding", "TTT", "TTT+SLOT", "evaluation", "artifact + code"]
+    assert rows[0] == ["seed", "steps", "step average", "before averaging", "float", "roundtrip", "sliding", "TTT", "TTT+SLOT", "evaluation", "artifact + code"]
     values = [0.6 * (2.5 + i / 100) for i in (1, 2, 3)]
     assert rows[2][7] == "1.5060" and rows[5][0] == "mean" and rows[5][7] == f"{statistics.mean(values):.4f}" and rows[6][7] == f"{statistics.stdev(values):.5f}"
     assert "Not causal, no compression result: TTT+SLOT (breaks C1,C2,C3)." in out and "10 targets, 20 bytes of text scored." in out
@@ -266,7 +266,7 @@ def test_submission_says_only_what_the_logs_say_and_refuses_a_mixture(tmp_path, 
     target = tmp_path / "submission.json"
     assert report.main([*map(str, paths), "--submission", str(target), "--author", "somebody", "--date", "2026-11-21"]) == 0
     found = json.loads(target.read_text())
-    assert (found["metric"], found["author"], found["github_id"], found["val_loss"]) == ("final_int6_ttt", "somebody", None, 2.52)
+    assert (found["metric"], found["author"], found["github_id"], found["val_loss"]) == ("final_artifact_ttt", "somebody", None, 2.52)
     assert found["val_loss_std"] == 0.01 and found["seeds"] == [1, 2, 3] and found["bytes_total"] == 2000 and found["hardware"] == "cpu threads:2, 1 process"
     assert found["compliance"] == dict(train_under_600s=True, eval_under_600s=True, artifact_under_16mb=True, score_first=True, causal=True, three_seeds=True,
                                        one_configuration=True)
@@ -337,7 +337,7 @@ def test_our_console_output_alone_is_ours_too(tmp_path):
 
 def test_a_score_that_is_not_finite_is_reported_and_not_submitted(tmp_path, capsys):
     paths = [our_log(tmp_path / f"s{i}.txt", i) for i in (1, 2)]
-    paths[1].write_text(paths[1].read_text().replace("final_int6_ttt val_loss:2.50000000 val_bpb:1.50000000", "final_int6_ttt val_loss:nan val_bpb:nan"))
+    paths[1].write_text(paths[1].read_text().replace("final_artifact_ttt val_loss:2.50000000 val_bpb:1.50000000", "final_artifact_ttt val_loss:nan val_bpb:nan"))
     assert report.main([*map(str, paths), "--submission", str(tmp_path / "s.json")]) == 2 and not (tmp_path / "s.json").exists()
     assert "a score is not finite" in capsys.readouterr().err
 
@@ -370,14 +370,14 @@ def test_figures_are_written_as_png_and_svg(tmp_path):
 def test_following_a_run_shows_where_it_is(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     whole = our_log(path, MAX_WALLCLOCK_SECONDS=0.8).read_text()
-    stages = [HEAD, whole[:whole.index("step:21/40")], whole[:whole.index("final_int6_ttt ")], whole]
+    stages = [HEAD, whole[:whole.index("step:21/40")], whole[:whole.index("final_artifact_ttt ")], whole]
     path.write_text(stages.pop(0))
     monkeypatch.setattr(time, "sleep", lambda seconds: path.write_text(stages.pop(0)))
     out = io.StringIO()
     report.follow(path, out=out)
     lines = out.getvalue().splitlines()
     assert lines[0] == "starting" and "step 20/40  loss 4.0000  10,000 tokens/s  0 s left" in lines[1] and lines[1].startswith("[#") and " 50 %" in lines[1]
-    assert lines[2] == "evaluating  int6 roundtrip 1.7460  sliding 1.6200" and lines[3].startswith("done: ") and "TTT+SLOT 1.4400" in lines[3]
+    assert lines[2] == "evaluating  roundtrip 1.7460  sliding 1.6200" and lines[3].startswith("done: ") and "TTT+SLOT 1.4400" in lines[3]
     assert report.main(["--follow", str(tmp_path / "none")]) == 2
     assert all(len(report.status_line(read_log(path), width)) <= width for width in (20, 60, 200))
 

@@ -93,35 +93,35 @@ def whole_count(words):
 @pytest.mark.parametrize("batch", [2, 5])
 def test_evaluation_goes_on_with_the_same_digits_and_does_not_begin_anew(batch, evals, changes, tiny, monkeypatch):
     tiny(RUN_ID="model", EVALS="none")
-    env = dict(LOAD_ARTIFACT="logs/model/final_model.int6.ptz", EVALS=evals, VAL_BATCH_SIZE="96", **changes)
+    env = dict(LOAD_ARTIFACT="logs/model/final_model.ptz", EVALS=evals, VAL_BATCH_SIZE="96", **changes)
     whole, calls = tiny(RUN_ID="whole", **env), []
     stopped(tiny, monkeypatch, "score_batch", batch, RUN_ID="part", **env)
-    assert any(f.startswith("progress_int6_") for f in os.listdir("logs/part"))
+    assert any(f.startswith("progress_artifact_") for f in os.listdir("logs/part"))
     score = t.score_batch
     monkeypatch.setattr(t, "score_batch", lambda *args: calls.append(1) or score(*args))
     again = tiny(RUN_ID="part", RESUME="1", **env)
     same(again, whole)
     total = len(t.plan_windows(576, 32, 32 if evals == "roundtrip" else 8)[0])
-    assert len(calls) < -(-total // 3) - batch + 8 and "resuming from logs/part/progress_int6_" in Path("logs/part.txt").read_text()
+    assert len(calls) < -(-total // 3) - batch + 8 and "resuming from logs/part/progress_artifact_" in Path("logs/part.txt").read_text()
     assert not [f for f in os.listdir("logs/part") if f.startswith("progress")]
 
 
 def test_time_before_a_stop_counts(tiny, monkeypatch):
     tiny(RUN_ID="model", EVALS="none")
-    env = dict(LOAD_ARTIFACT="logs/model/final_model.int6.ptz", EVALS="sliding_window", VAL_BATCH_SIZE="96")
+    env = dict(LOAD_ARTIFACT="logs/model/final_model.ptz", EVALS="sliding_window", VAL_BATCH_SIZE="96")
     score = t.score_batch
     with monkeypatch.context() as patch:
         patch.setattr(t, "score_batch", lambda *args: time.sleep(0.1) or score(*args))
         stopped(tiny, patch, "score_batch", 5, RUN_ID="part", **env)
     again = tiny(RUN_ID="part", RESUME="1", **env)
-    assert 500 <= again["final_int6_sliding_window"]["eval_time"] <= again["eval_total"]["eval_time"] + 1e-6
+    assert 500 <= again["final_artifact_sliding_window"]["eval_time"] <= again["eval_total"]["eval_time"] + 1e-6
 
 
 def test_a_finished_run_is_left_as_it_is(tiny):
     first = tiny(RUN_ID="one", **EVERYTHING)
-    size, artifact = Path("logs/one/metrics.jsonl").stat().st_size, Path("logs/one/final_model.int6.ptz").stat().st_mtime_ns
+    size, artifact = Path("logs/one/metrics.jsonl").stat().st_size, Path("logs/one/final_model.ptz").stat().st_mtime_ns
     assert tiny(RUN_ID="one", RESUME="1", **EVERYTHING) == first
-    assert (Path("logs/one/metrics.jsonl").stat().st_size, Path("logs/one/final_model.int6.ptz").stat().st_mtime_ns) == (size, artifact)
+    assert (Path("logs/one/metrics.jsonl").stat().st_size, Path("logs/one/final_model.ptz").stat().st_mtime_ns) == (size, artifact)
 
 
 def test_resume_without_anything_to_go_on_with_is_a_new_run(tiny):
@@ -169,7 +169,7 @@ def test_the_good_checkpoint_outlives_the_damaged_one(tiny, monkeypatch):
 
 def test_a_damaged_progress_file_costs_its_pass_and_no_more(tiny, monkeypatch):
     tiny(RUN_ID="model", EVALS="none")
-    env = dict(LOAD_ARTIFACT="logs/model/final_model.int6.ptz", EVALS="sliding_window", VAL_BATCH_SIZE="96")
+    env = dict(LOAD_ARTIFACT="logs/model/final_model.ptz", EVALS="sliding_window", VAL_BATCH_SIZE="96")
     whole = tiny(RUN_ID="whole", **env)
     stopped(tiny, monkeypatch, "score_batch", 9, RUN_ID="part", **env)
     for path in Path("logs/part").glob("progress*"):
@@ -191,10 +191,10 @@ def test_a_pass_of_which_one_result_was_logged_goes_on_as_a_whole(tiny, monkeypa
     tiny(RUN_ID="part", **env)
     path = Path("logs/part/metrics.jsonl")
     rows = path.read_text().splitlines(True)
-    path.write_text("".join(row for row in rows if '"final_int6_ttt_slot"' not in row and '"eval_total"' not in row))
+    path.write_text("".join(row for row in rows if '"final_artifact_ttt_slot"' not in row and '"eval_total"' not in row))
     again = tiny(RUN_ID="part", RESUME="1", **env)
     same(again, whole)
-    assert path.read_text().count('"final_int6_ttt"') == 1 and again["eval_total"]["eval_time"] == again["pass_int6_ttt+ttt_slot"]["eval_time"]
+    assert path.read_text().count('"final_artifact_ttt"') == 1 and again["eval_total"]["eval_time"] == again["pass_artifact_ttt+ttt_slot"]["eval_time"]
 
 
 def test_a_checkpoint_that_is_being_written_when_an_error_comes_is_finished(tiny, monkeypatch):
@@ -446,7 +446,7 @@ def test_torchruns_own_restart_resumes_and_ends_with_the_same_numbers(tiny_data,
     rest = child.communicate(timeout=120)[0]
     assert whole.returncode == 0 and child.returncode == 0 and "resuming from logs/a/checkpoint" in rest, rest[-3000:]
     one, other = (timeless(read_metrics(tmp_path / "logs" / r)) for r in ("a", "whole"))
-    assert one["final_int6_roundtrip"] == other["final_int6_roundtrip"] and one["step:400/400"] == other["step:400/400"]
+    assert one["final_artifact_roundtrip"] == other["final_artifact_roundtrip"] and one["step:400/400"] == other["step:400/400"]
     nameless = process({**env, "TORCHELASTIC_MAX_RESTARTS": "1"}, tmp_path)
     assert nameless.returncode == 2 and "RUN_ID=: torchrun --max-restarts needs one" in nameless.stderr
 

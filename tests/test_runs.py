@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import PARITY, ROOT, TINY, process, random_model, read_metrics, t, write_shard
 
-RESULT = re.compile(r"final_(int6|float)_(roundtrip|sliding_window|ttt|ttt_slot|slot|ttt_ctw|ctw) val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} tokens:\d+ bytes:\d+ "
+RESULT = re.compile(r"final_(artifact|float)_(roundtrip|sliding_window|ttt|ttt_slot|slot|ttt_ctw|ctw) val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} tokens:\d+ bytes:\d+ "
                     r"causal:(yes|no) eval_time:\d+ms( breaks:C\d(,C\d)*)?")
 TRAIN = re.compile(r"step:\d+/\d+ train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms")
 VALIDATION = re.compile(r"step:\d+/\d+ val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms")
@@ -35,15 +35,15 @@ def test_lines_have_the_fields_format_and_labels_are_unique(finished):
     metrics, log, console = finished
     lines = console.splitlines()
     results = [line for line in lines if line.startswith("final_")]
-    assert [line.split()[0] for line in results] == ["final_float_roundtrip", "final_int6_roundtrip", "final_int6_sliding_window", "final_int6_ttt",
-                                                     "final_int6_ttt_slot"]
+    assert [line.split()[0] for line in results] == ["final_float_roundtrip", "final_artifact_roundtrip", "final_artifact_sliding_window", "final_artifact_ttt",
+                                                     "final_artifact_ttt_slot"]
     assert all(RESULT.fullmatch(line) for line in results), results
     assert [line.split("causal:")[1].split()[0] for line in results] == ["yes"] * 4 + ["no"]
     steps = [line for line in lines if line.startswith("step:")]
     assert sum(bool(TRAIN.fullmatch(x)) for x in steps) == 10 and sum(bool(VALIDATION.fullmatch(x)) for x in steps) == 5 == len(steps) - 10
     code = (ROOT / "train_gpt.py").stat().st_size
-    size = Path("logs/one/final_model.int6.ptz").stat().st_size
-    for line in (f"Code size: {code} bytes", f"Serialized model int6+lzma: {size} bytes", f"Total submission size int6+lzma: {size + code} bytes"):
+    size = Path("logs/one/final_model.ptz").stat().st_size
+    for line in (f"Code size: {code} bytes", f"Serialized model rd+rans+lzma: {size} bytes", f"Total submission size rd+rans+lzma: {size + code} bytes"):
         assert lines.count(line) == 1
     labels = [(line.split()[0], line.split()[1].split(":")[0]) for line in lines if re.match(r"(final_|step:|average_|training |quantised )", line)]
     assert len(labels) == len(set(labels))
@@ -60,16 +60,16 @@ def test_saved_nats_are_the_result(finished):
     for label in ("roundtrip", "sliding_window", "ttt", "ttt_slot"):
         nats = np.load(f"logs/one/nll_{label}.npy")
         assert nats.dtype == np.float64 and nats.shape == (576,)
-        assert nats.mean() == pytest.approx(finished[0][f"final_int6_{label}"]["val_loss"], abs=1e-9)
+        assert nats.mean() == pytest.approx(finished[0][f"final_artifact_{label}"]["val_loss"], abs=1e-9)
 
 
 def test_quantising_and_reading_back_costs_little(finished):
-    assert abs(finished[0]["final_int6_roundtrip"]["val_bpb"] - finished[0]["final_float_roundtrip"]["val_bpb"]) < 0.02
+    assert abs(finished[0]["final_artifact_roundtrip"]["val_bpb"] - finished[0]["final_float_roundtrip"]["val_bpb"]) < 0.02
 
 
 def test_everything_of_a_run_lies_in_its_own_place(finished, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["logs"] and sorted(p.name for p in Path("logs").iterdir()) == ["one", "one.txt"]
-    assert {p.name for p in Path("logs/one").iterdir()} == {"metrics.jsonl", "checkpoint.000000012.ckpt", "final_model.int6.ptz",
+    assert {p.name for p in Path("logs/one").iterdir()} == {"metrics.jsonl", "checkpoint.000000012.ckpt", "final_model.ptz",
                                                            *(f"nll_{e}.npy" for e in ("roundtrip", "sliding_window", "ttt", "ttt_slot"))}
 
 
@@ -98,7 +98,7 @@ def test_a_label_used_twice_is_a_fault(tiny_data, tmp_path, monkeypatch):
 def test_evaluators_and_switches_choose_the_result_lines(tiny):
     for env, labels in ((dict(TTT_ENABLED="0"), ["roundtrip", "sliding_window", "slot"]), (dict(SLOT_ENABLED="0"), ["roundtrip", "sliding_window", "ttt"]),
                         (dict(SLOT_ENABLED="0", TTT_ENABLED="0"), ["roundtrip", "sliding_window"]), (dict(EVALS="ttt_slot"), ["ttt_slot"])):
-        assert [n for n in tiny(**env) if n.startswith("final_int6")] == [f"final_int6_{label}" for label in labels]
+        assert [n for n in tiny(**env) if n.startswith("final_artifact")] == [f"final_artifact_{label}" for label in labels]
 
 
 # Bad input as a process sees it: one message that names the thing, status 2, nothing written, on one rank and on two.
@@ -157,8 +157,8 @@ def test_lineage_artifacts_score_as_the_lineage_scored_them(name, tmp_path):
         done = process({**env, "RUN_ID": run_id, **more}, tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
         for label, row in read_metrics(tmp_path / "logs" / run_id).items():
-            if label.startswith("final_int6_"):
-                key = "strong" if run_id == "strong" else label.removeprefix("final_int6_")
+            if label.startswith("final_artifact_"):
+                key = "strong" if run_id == "strong" else label.removeprefix("final_artifact_")
                 assert row["val_loss"] == pytest.approx(EXPECTED[name][key], abs=2e-5), label
 
 
@@ -174,7 +174,7 @@ def test_training_with_the_lineages_settings_is_as_good_and_exports_what_it_trai
     assert done.returncode == 0, done.stderr[-2000:]
     found = read_metrics(tmp_path / "logs" / "trained")
     assert found["step:160/160"]["val_loss"] <= 4.18
-    assert found["final_int6_roundtrip"]["val_loss"] <= found["step:160/160"]["val_loss"] + 0.05
+    assert found["final_artifact_roundtrip"]["val_loss"] <= found["step:160/160"]["val_loss"] + 0.05
 
 
 @pytest.mark.slow
@@ -193,8 +193,8 @@ def test_a_model_with_all_options_is_exported_and_evaluated_as_it_was_trained(ti
         options = dict(VRL_ENABLED="1", GATED_ATTENTION="1", RECUR_LAYERS="1,2", RECUR_START=start, PREQUANT_TTT_ENABLED=adapted,
                        PREQUANT_TTT_EPOCHS="2", PREQUANT_TTT_FREEZE_BLOCKS="1", XSA_LAST_N="3", EVALS="roundtrip,sliding_window")
         trained = tiny(RUN_ID=f"r{start}", **options)
-        again = tiny(LOAD_ARTIFACT=f"logs/r{start}/final_model.int6.ptz", XSA_LAST_N="3", EVALS="roundtrip,sliding_window")
-        for label in ("final_int6_roundtrip", "final_int6_sliding_window"):
+        again = tiny(LOAD_ARTIFACT=f"logs/r{start}/final_model.ptz", XSA_LAST_N="3", EVALS="roundtrip,sliding_window")
+        for label in ("final_artifact_roundtrip", "final_artifact_sliding_window"):
             assert trained[label]["val_loss"] == again[label]["val_loss"]
             assert trained[label]["causal"] == again[label]["causal"] == (adapted == "0")
             assert again[label].get("breaks") == (None if adapted == "0" else "C3")

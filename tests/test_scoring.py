@@ -97,7 +97,7 @@ def test_ttt_equals_a_plain_loop_and_gives_the_weights_back(batch, stream):
     with torch.no_grad():
         for p, kept in zip(model.parameters(), before):
             p.copy_(kept)
-    t.evaluate(c, run, model, val, "int6", ["ttt"])
+    t.evaluate(c, run, model, val, "artifact", ["ttt"])
     assert all(torch.equal(p, kept) for p, kept in zip(model.parameters(), before))
 
 

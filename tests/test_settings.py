@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, config, process, t, timeless
@@ -26,18 +27,22 @@ CHANGES = dict(
     ROPE_BASE=100, ROPE_DIMS=8, ROPE_TRAIN_LEN=8, LN_SCALE=0, XSA_LAST_N=3, BIGRAM_VOCAB_SIZE=0, BIGRAM_DIM=4, VE_ENABLED=0, VE_DIM=4,
     VE_LAYERS="0,1", MATRIX_LR=0.1, TIED_EMBED_LR=0.1, SCALAR_LR=0.1, MUON_MOMENTUM=0.5, MUON_MOMENTUM_WARMUP_START=0.1,
     MUON_MOMENTUM_WARMUP_STEPS=2, MUON_BACKEND_STEPS=1, MUON_WD=3, ADAM_WD=3, BETA1=0.1, BETA2=0.5, ADAM_EPS=0.01, GRAD_CLIP_NORM=0.01,
-    EMA_ENABLED=0, EMA_DECAY=0.1, SWA_ENABLED=0, SWA_EVERY=2, LATE_QAT=0, LATE_QAT_THRESHOLD=0.6, ARTIFACT_BYTES=118000, EVAL_SEQ_LEN=16,
+    EMA_ENABLED=0, EMA_DECAY=0.1, SWA_ENABLED=0, SWA_EVERY=2, LATE_QAT=0, LATE_QAT_THRESHOLD=0.6, EVAL_SEQ_LEN=16,
+    ARTIFACT_BYTES=Path(t.__file__).stat().st_size + 30_000, DATA_ORDER="coprime", MIN_LR=0.3, PARALLEL_LAST_N=1, NEWTON_SCHULZ="polar_express",
+    MUON_ROW_NORM=1, QUANT="gptq", CODER="lzma", CALIBRATION_TOKENS=512, AVERAGE="swa",
     EVAL_STRIDE=32, TTT_ENABLED=0, TTT_LR=0.2, TTT_EPOCHS=1, TTT_CHUNK_TOKENS=64, TTT_FREEZE_BLOCKS=2, TTT_MOMENTUM=0, TTT_BATCH_SEQS=2,
     TTT_GRAD_CLIP=0.01, SLOT_ENABLED=0, SLOT_LR=0.1, SLOT_STEPS=1, SLOT_BATCH_SEQS=8, SLOT_DELTA="window", SLOT_BIAS=1, SLOT_LOSS="scored",
     SLOT_LR_MIN=0.0001, SLOT_HYPER_LR=0.1, VRL_ENABLED=1, VALUE_RESIDUAL=1, GATED_ATTENTION=1, PREQUANT_TTT_ENABLED=1, EVALS="roundtrip")
 # ... and where a change alone is not enough, what else to set in both runs.
+LAWA = dict(LAWA_ENABLED=1, LAWA_K=2, LAWA_FREQ=2)
 CTW = dict(SLOT_ENABLED=0, CTW_WEIGHT=0.3, CTW_ENTROPY_THRESHOLD=0)
 BESIDE = dict(EMBED_LR=(0.05, dict(TIE_EMBEDDINGS=0)), HEAD_LR=(0.5, dict(TIE_EMBEDDINGS=0)), MAX_WALLCLOCK_SECONDS=(1e-3, {}),
               RECUR_LAYERS=("1,2", dict(RECUR_LAYERS="1", RECUR_START=4)), RECUR_START=(8, dict(RECUR_LAYERS="1", RECUR_START=4)),
               PREQUANT_TTT_LR=(0.01, dict(PREQUANT_TTT_ENABLED=1)), PREQUANT_TTT_EPOCHS=(2, dict(PREQUANT_TTT_ENABLED=1)),
-              PREQUANT_TTT_FREEZE_BLOCKS=(3, dict(PREQUANT_TTT_ENABLED=1)), CTW_WEIGHT=(0.1, CTW), CTW_ENTROPY_THRESHOLD=(4, CTW))
+              PREQUANT_TTT_FREEZE_BLOCKS=(3, dict(PREQUANT_TTT_ENABLED=1)), CTW_WEIGHT=(0.1, CTW), CTW_ENTROPY_THRESHOLD=(4, CTW),
+              LAWA_ENABLED=(0, LAWA), LAWA_K=(3, LAWA), LAWA_FREQ=(3, LAWA))
 # Settings that must not change a figure, or are tested for themselves elsewhere.
-ELSEWHERE = set("PRESET RUN_ID DEVICE COMPILE ATTENTION LOAD_ARTIFACT SAVE_NLL DATA_PATH TOKENIZER_PATH VAL_BATCH_SIZE WARMUP_STEPS "
+ELSEWHERE = set("PRESET RUN_ID DEVICE COMPILE ATTENTION LOAD_ARTIFACT LOAD_CHECKPOINT SAVE_NLL DATA_PATH TOKENIZER_PATH VAL_BATCH_SIZE WARMUP_STEPS "
                 "VOCAB_SIZE CTW_DEPTH SAVE_EVERY RESUME".split())
 
 
@@ -168,7 +173,7 @@ def test_a_preset_is_the_published_system(preset, parameters, label, breaks, val
     assert t.broken_conditions(c, "sliding_window") == ("C3" if preset == "pr1488" else "")
     if parameters:
         assert sum(p.numel() for p in t.GPT(c).parameters()) == parameters
-    assert {row[0] for row in SYSTEMS} | {"demo"} == set(t.PRESETS)
+    assert {row[0] for row in SYSTEMS} | {"demo", "best", "best_demo"} == set(t.PRESETS)
 
 
 def test_preset_sets_defaults_and_explicit_variables_win():

@@ -197,7 +197,7 @@ def test_scores_are_the_same_on_one_and_two_ranks(tiny_data, tmp_path):
     """Every mode, from one artifact; runs of more ranks share it."""
     env = {**TINY, **tiny_data, "RUN_ID": "made", "ITERATIONS": "3", "EVALS": "none"}
     assert process(env, tmp_path).returncode == 0
-    artifact = str(tmp_path / "logs" / "made" / "final_model.int6.ptz")
+    artifact = str(tmp_path / "logs" / "made" / "final_model.ptz")
     modes = [("shared", "all"), ("window", "scored"), ("shared", "context"), ("window", "context"), ("shared", "past"), ("window", "past")]
     for number, (delta, loss) in enumerate(modes):
         found = []

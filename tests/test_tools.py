@@ -18,7 +18,7 @@ def made(tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     env = {**TINY, **tiny_data, "RUN_ID": "made", "EVALS": "none", "EVAL_SEQ_LEN": "16", "TTT_CHUNK_TOKENS": "64"}
     assert process(env, folder).returncode == 0
-    return folder, {k: v for k, v in env.items() if k not in ("RUN_ID", "EVALS")}, str(folder / "logs/made/final_model.int6.ptz")
+    return folder, {k: v for k, v in env.items() if k not in ("RUN_ID", "EVALS")}, str(folder / "logs/made/final_model.ptz")
 
 
 def tool(name, words, env, cwd, ranks=0):
@@ -57,7 +57,7 @@ def test_causal_slot_survives_two_hundred_probes_on_two_ranks(mode, made):
 
 
 @pytest.mark.parametrize("words,message", [(["--artifact", "none.ptz"], "LOAD_ARTIFACT=none.ptz"), (["--artifact", "none.ptz", "SLOT_STEPS"], "SLOT_STEPS: not a setting"),
-                                           (["--artifact", "x", "--preset", "pr1"], "PRESET=pr1: allowed: pr1084"), (["--artifact", "x", "SLOT_STEPS=0"], "SLOT_STEPS=0")])
+                                           (["--artifact", "x", "--preset", "pr1"], "PRESET=pr1: allowed: a comma list of pr1084"), (["--artifact", "x", "SLOT_STEPS=0"], "SLOT_STEPS=0")])
 def test_audit_refuses_bad_input_with_one_message(words, message, made):
     folder, env, _ = made
     done = tool("audit", words, env, folder)
@@ -77,7 +77,7 @@ def test_ablate_gives_what_runs_of_the_script_give(made):
     for name, (label, more) in alone.items():
         run = process({**env, "LOAD_ARTIFACT": artifact, "RUN_ID": f"alone_{name}", "EVALS": label, **more}, folder)
         assert run.returncode == 0, run.stderr
-        assert float(re.search(rf"final_int6_{label} val_loss:(\S+)", run.stdout)[1]) == pytest.approx(found[name]["val_loss"], abs=1e-6)
+        assert float(re.search(rf"final_artifact_{label} val_loss:(\S+)", run.stdout)[1]) == pytest.approx(found[name]["val_loss"], abs=1e-6)
     assert [row["causal"] for row in found.values()] == [True, True, True, False, True, False, False]
     assert abs(found["eight"]["val_loss"] - found["two"]["val_loss"]) > 1e-5
     assert found["pr1313 EVAL_STRIDE=8"]["diff"] == pytest.approx(found["pr1313 EVAL_STRIDE=8"]["val_bpb"] - found["sliding_window"]["val_bpb"])

@@ -1,6 +1,6 @@
 """Evaluate ONE artifact under several settings, without training, and say which differences are real.
 
-    python tools/ablate.py --artifact logs/ID/final_model.int6.ptz --run-id my_ablation \\
+    python tools/ablate.py --artifact logs/ID/final_model.ptz --run-id my_ablation \\
         sliding_window pr1084 pr1313 "context=slot SLOT_DELTA=window SLOT_LOSS=context" "ttt TTT_LR=0.004"
     python tools/ablate.py --artifact ... --run-id my_sweep --grid SLOT_STEPS=1,3,24 --grid SLOT_LR=0.001,0.01 sliding_window slot
 
@@ -206,7 +206,7 @@ def read_results(folder):
 def main(argv=None):
     """Run the rows; 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--artifact", help="final_model.int6.ptz to evaluate")
+    parser.add_argument("--artifact", help="final_model.ptz to evaluate")
     parser.add_argument("--run-id", required=True, help="name of the log and folder in logs/, which must be new")
     parser.add_argument("--grid", action="append", default=[], metavar="NAME=A,B,...", help="values to cross rows with")
     parser.add_argument("--title", default="", help="title of the figure")

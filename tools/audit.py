@@ -1,6 +1,6 @@
 """Is an evaluator honest? Conditions C1 to C4 of the challenge (issue #1017), checked from outside and held against its claim.
 
-    python tools/audit.py --artifact logs/ID/final_model.int6.ptz                       all evaluators of the default settings
+    python tools/audit.py --artifact logs/ID/final_model.ptz                       all evaluators of the default settings
     python tools/audit.py --artifact ... --preset pr1313 SLOT_LOSS=context              another system, settings changed
     torchrun --standalone --nproc_per_node=2 tools/audit.py --artifact ...              the same on two ranks
 
@@ -215,7 +215,7 @@ def settings_of(words, preset):
 def main(argv=None):
     """Print the table; the exit status says whether all claims hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--artifact", required=True, help="final_model.int6.ptz to evaluate")
+    parser.add_argument("--artifact", required=True, help="final_model.ptz to evaluate")
     parser.add_argument("--preset", help="settings of a published system")
     parser.add_argument("--targets", type=int, default=4096, help="targets of the stream (default 4096)")
     parser.add_argument("--probes", type=int, default=24, help="flips per evaluator (default 24)")

@@ -345,7 +345,7 @@ def bench_lineage(folder):
         settings |= {"DATA_PATH": str(folder / "a"), "TOKENIZER_PATH": str(folder.parent / "fineweb_1024_bpe.model"), "DEVICE": "cpu"}
         settings |= {"PRESET": "pr1313", "VRL_ENABLED": "1"} if name == "b1313" else {}
         known = {k: v for k, v in settings.items() if k in t.NAMES}
-        c = t.load_config({**known, "LOAD_ARTIFACT": str(folder / name / "final_model.int6.ptz")})
+        c = t.load_config({**known, "LOAD_ARTIFACT": str(folder / name / "final_model.ptz")})
         c, state = t.read_artifact(c)
         run, model = t.Run(c), t.GPT(c)
         torch.set_num_threads(1)
@@ -456,7 +456,7 @@ def main():
         given = sorted(b.c.explicit - {"preset", "data_path", "tokenizer_path"})
         found = {"device": title, "cuda": b.run.cuda, "torch": torch.__version__, "python": platform.python_version(), "rounds": b.rounds,
                  "attention": t.attention_kernel(b.attention[0], b.c, b.run),
-                 "configuration": " ".join([f"PRESET={b.c.preset}", *(f"{n.upper()}={t.shown(getattr(b.c, n))}" for n in given)]),
+                 "configuration": " ".join([f"PRESET={t.shown(b.c.preset)}", *(f"{n.upper()}={t.shown(getattr(b.c, n))}" for n in given)]),
                  "command": " ".join(["python tools/bench.py", *("DIR" if a.startswith(("/", "..")) else a for a in sys.argv[1:])]),
                  "sha256_of_script": hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest(), "parts": {}}
         path = options.out or ROOT / "logs" / f"bench_{short}.json"

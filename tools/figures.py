@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # told apart in black and white too
-STEPS = (("before\naveraging", "prequant"), ("float", "averaged"), ("int6", "roundtrip"), ("sliding", "sliding_window"), ("TTT", "ttt"), ("TTT\n+SLOT", "ttt_slot"),
+STEPS = (("before\naveraging", "prequant"), ("float", "averaged"), ("artifact", "roundtrip"), ("sliding", "sliding_window"), ("TTT", "ttt"), ("TTT\n+SLOT", "ttt_slot"),
          ("TTT\n+CTW", "ttt_ctw"), ("SLOT", "slot"), ("CTW", "ctw"))  # the last two start from sliding
 
 

@@ -233,7 +233,7 @@ def header(log, line, found):
 
 def take_result(log, label, found, method):
     """A result line: the short one has the time, the "_exact" one the digits."""
-    exact, name = label.endswith("_exact"), label.removesuffix("_exact").removeprefix("final_").removeprefix("int6_").removeprefix("int8_zlib_")
+    exact, name = label.endswith("_exact"), label.removesuffix("_exact").removeprefix("final_").removeprefix("artifact_").removeprefix("int6_").removeprefix("int8_zlib_")
     loss, bpb = float(found["val_loss"]), float(found["val_bpb"])
     seconds = milliseconds(found["eval_time"]) * SECONDS if "eval_time" in found else None
     causal = {"yes": True, "no": False}.get(found.get("causal"))

@@ -27,7 +27,7 @@ import numpy as np
 from logs import STAGES, LogError, read_log
 from scipy import stats
 
-NAMES = dict(roundtrip="int6 roundtrip", sliding_window="sliding", ttt="TTT", ttt_slot="TTT+SLOT", ttt_ctw="TTT+CTW", slot="SLOT", ctw="CTW")
+NAMES = dict(roundtrip="roundtrip", sliding_window="sliding", ttt="TTT", ttt_slot="TTT+SLOT", ttt_ctw="TTT+CTW", slot="SLOT", ctw="CTW")
 MARGIN = 0.005  # nats by which a record must beat the last one
 LIMIT, SECONDS = 16_000_000, 600
 
@@ -255,7 +255,7 @@ def getter(title, titles):
     """Function of a log that gives the number a column is about, or SKIP: our own tables' columns by name, others by what they are like."""
     own = {name.lower(): name for name in ("steps", "step average", "before averaging", "float", *NAMES.values(), "evaluation", "artifact + code")}
     name = title.lower()
-    if name in own and "int6 roundtrip" in titles:
+    if name in own and "roundtrip" in titles:
         return lambda log: cells(log)[own[name]][0]
     return next((find for pattern, find in HEADINGS if re.search(pattern, name)), SKIP)
 

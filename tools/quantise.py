@@ -1,0 +1,98 @@
+"""Quantise the weights of ONE checkpoint in several ways and byte budgets, without training, and say what each costs.
+
+    PRESET=demo python tools/quantise.py --checkpoint logs/ID/checkpoint.000000400.ckpt --run-id my_quantisers --bytes 0 --bytes 560000 \\
+        "QUANT=gptq_lite CODER=lzma" QUANT=rd QUANT=gptq "small=QUANT=gptq CALIBRATION_TOKENS=4096"
+
+A row is settings, with NAME= in front if it needs a name: QUANT, CODER and CALIBRATION_TOKENS. Settings of the model and of
+the data come from the environment, as trained. --bytes is the artifact's size without code, 0 the finest steps there are; each is tried with
+each row. --average takes ema or swa instead of the last weights.
+
+A line says the bytes, those of the levels with the entropy of their distributions, val_loss less that of the weights themselves
+(the damage) with its standard error over sequences, seconds to calibrate, to quantise and to load. The validation split is only scored.
+
+Writes logs/RUN_ID.txt and logs/RUN_ID/metrics.jsonl. Exit status: 0 done, 2 bad input.
+"""
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from time import perf_counter
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+import train_gpt as t  # noqa: E402
+
+KNOWN = ("QUANT", "CODER", "CALIBRATION_TOKENS")
+
+
+def parse_row(text, env):
+    """(name, Config) of a row. Raises BadInput."""
+    match = re.fullmatch(r"(?:(\w+)=(?=\w+=))?(\w+=\S+(?: +\w+=\S+)*)", text)
+    given = dict(word.split("=", 1) for word in match[2].split()) if match else {}
+    if not match or set(given) - set(KNOWN):
+        raise t.BadInput(f"{text!r}: a row is [NAME=]SETTING=VALUE ..., of {', '.join(KNOWN)}.")
+    return match[1] or match[2].replace(" ", ","), t.load_config({**env, **given})
+
+
+def nats(c, run, model, val):
+    """Nats of each target, disjoint windows, as float64 [N]."""
+    return t.score(run, model, val, [("roundtrip", c)])[0][0].double()
+
+
+def compare(run, c, model, val, data, rows, budgets):
+    """Log a line for each row and budget; returns them."""
+    before, state, found = nats(c, run, model, val), {n: p.clone() for n, p in model.state_dict().items()}, {}
+    run.metric("unquantised", val_loss=before.mean().item(), tokens=val.n, weights=sum(p.numel() for p in model.parameters()))
+    for name, config in rows:
+        began = perf_counter()
+        calibrated = () if config.quant == "gptq_lite" else t.calibrate(config, run, model, data)
+        calibration = perf_counter() - began
+        for budget in budgets:
+            began = perf_counter()
+            try:
+                blob, figures = t.Quantizer(config, state, *calibrated).fit(budget or 10**12)
+            except t.Fault:
+                run.log(f"{name}@{budget} does not fit at any step")
+                continue
+            packed = perf_counter()
+            t.load_state(model, t.unpack(blob)[0], "artifact")
+            loaded = perf_counter()
+            change = (nats(c, run, model, val) - before).view(-1, c.eval_seq_len).mean(1)
+            label = f"{name}@{budget or 'finest'}"
+            found[label] = dict(model_bytes=len(blob), **figures, damage=change.mean().item(), error=(change.std() / len(change) ** 0.5).item(),
+                                calibrate=calibration, quantise=packed - began, load=loaded - packed)
+            run.metric(label, **found[label])
+            model.load_state_dict(state)
+    return found
+
+
+def main(argv=None):
+    """Run the rows; 0 done, 2 bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint.STEP.ckpt of a run")
+    parser.add_argument("--run-id", required=True, help="name of the log and folder in logs/, which must be new")
+    parser.add_argument("--average", choices=("ema", "swa"), help="quantise this average of the checkpoint")
+    parser.add_argument("--bytes", action="append", type=int, help="size of the artifact without code; 0: the finest steps")
+    parser.add_argument("rows", nargs="+", help="settings of quantising")
+    args = parser.parse_args(argv)
+    try:
+        env = {**os.environ, "RUN_ID": args.run_id, "LOAD_CHECKPOINT": args.checkpoint, "RESUME": "0", "EVALS": "none"}
+        c = t.load_config(env)
+        rows = [parse_row(text, env) for text in args.rows]
+        run, kind = t.Run(c), f"{args.average}." if args.average else ""
+        tensors, model, val, data = t.read_checkpoint(args.checkpoint), t.GPT(c).to(run.device), t.ValData(c, run), t.TrainData(c, run)
+        there = {n.removeprefix(kind): w for n, w in tensors.items() if n.startswith(kind)}
+        names = dict(model.named_parameters())
+        t.copy_tensors(names, {n: w for n, w in there.items() if n in names}, f"LOAD_CHECKPOINT={args.checkpoint}")
+        run.start(c)
+        compare(run, c, model, val, data, rows, args.bytes or [0])
+    except (t.BadInput, t.Fault) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
