@@ -288,6 +288,9 @@ def test_tool_compares_quantisers_on_one_checkpoint(tiny_data, tmp_path, monkeyp
     assert "QUANT=gptq_lite,CODER=lzma@9000 does not fit at any step" in (tmp_path / "logs" / "cmp.txt").read_text()
     row = found["mine@25000"]
     assert 24_900 < row["model_bytes"] <= 25_000 and math.isfinite(row["damage"]) and row["error"] > 0 and row["load"] > 0
+    assert quantise.main(["--table", "logs/cmp"]) == 0
+    assert f"| mine | {row['model_bytes']:,} B | +" in capsys.readouterr().out
+    assert quantise.main([*words]) == 2 and "at least one row" in capsys.readouterr().err
     assert quantise.main([*words, "SLOT_STEPS=3"]) == 2 and "a row is [NAME=]SETTING=VALUE" in capsys.readouterr().err
 
 

@@ -7,12 +7,15 @@ A row is settings, with NAME= in front if it needs a name: QUANT, CODER and CALI
 the data come from the environment, as trained. --bytes is the artifact's size without code, 0 the finest steps there are; each is tried with
 each row. --average takes ema or swa instead of the last weights.
 
+    python tools/quantise.py --table logs/my_quantisers        # the same as a table in Markdown
+
 A line says the bytes, those of the levels with the entropy of their distributions, val_loss less that of the weights themselves
 (the damage) with its standard error over sequences, seconds to calibrate, to quantise and to load. The validation split is only scored.
 
 Writes logs/RUN_ID.txt and logs/RUN_ID/metrics.jsonl. Exit status: 0 done, 2 bad input.
 """
 import argparse
+import json
 import os
 import re
 import sys
@@ -68,16 +71,31 @@ def compare(run, c, model, val, data, rows, budgets):
     return found
 
 
+def table(folder):
+    """Lines of a Markdown table of what main() wrote into a folder."""
+    lines = ["| quantiser | artifact | levels over their entropy | val_loss lost | standard error | quantised in | loaded in |", "|---|---:|---:|---:|---:|---:|---:|"]
+    for row in map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines()):
+        if "damage" in row:
+            lines.append(f"| {row['label'].split('@')[0].replace(',', ' ')} | {row['model_bytes']:,} B | {row['level_bytes'] / row['entropy_bytes'] - 1:+.1%} | "
+                         f"{row['damage']:.5f} | {row['error']:.5f} | {row['quantise']:.0f} s | {row['load']:.1f} s |")
+    return lines
+
+
 def main(argv=None):
     """Run the rows; 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint.STEP.ckpt of a run")
-    parser.add_argument("--run-id", required=True, help="name of the log and folder in logs/, which must be new")
+    parser.add_argument("--table", metavar="FOLDER", help="only print what was written there before")
+    parser.add_argument("--checkpoint", help="checkpoint.STEP.ckpt of a run")
+    parser.add_argument("--run-id", help="name of the log and folder in logs/, which must be new")
     parser.add_argument("--average", choices=("ema", "swa"), help="quantise this average of the checkpoint")
     parser.add_argument("--bytes", action="append", type=int, help="size of the artifact without code; 0: the finest steps")
-    parser.add_argument("rows", nargs="+", help="settings of quantising")
+    parser.add_argument("rows", nargs="*", help="settings of quantising")
     args = parser.parse_args(argv)
+    if args.table:
+        print("\n".join(table(args.table)))
+        return 0
     try:
+        t.refuse(not (args.checkpoint and args.run_id and args.rows), "--checkpoint, --run-id and at least one row are needed; see --help.")
         env = {**os.environ, "RUN_ID": args.run_id, "LOAD_CHECKPOINT": args.checkpoint, "RESUME": "0", "EVALS": "none"}
         c = t.load_config(env)
         rows = [parse_row(text, env) for text in args.rows]
