@@ -101,7 +101,7 @@ slot28 +1313 SLOT_STEPS=28; slot32 +1313 SLOT_STEPS=32 SLOT_LR=0.015; slot48 +13
 hypergradient +1313 SLOT_HYPER_LR=1e-5
 best SLOT_ENABLED=0 XSA_LAST_N=11 QK_GAIN_INIT=4 RECUR_LAYERS=4,5 PARALLEL_LAST_N=4 NEWTON_SCHULZ=polar_express MUON_ROW_NORM=1 MUON_WD=0.085 \
 DATA_ORDER=coprime MIN_LR=0.05 QUANT=gptq
-best_demo SLOT_ENABLED=0 EVALS=roundtrip,sliding_window,ttt XSA_LAST_N=4 QK_GAIN_INIT=4 NEWTON_SCHULZ=polar_express MUON_ROW_NORM=1 DATA_ORDER=coprime QUANT=gptq
+best_demo SLOT_ENABLED=0 EVALS=auto XSA_LAST_N=4 NEWTON_SCHULZ=polar_express MUON_WD=0.085 DATA_ORDER=coprime MIN_LR=0.05 QUANT=gptq
 demo DATA_PATH=./data/datasets/demo_sp1024 TOKENIZER_PATH=./data/tokenizers/demo_1024_bpe.model EVALS=roundtrip,sliding_window,ttt,ttt_slot \
 NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 VE_LAYERS=2,3 VE_DIM=32 XSA_LAST_N=2 BIGRAM_VOCAB_SIZE=4096 BIGRAM_DIM=32 \
 TRAIN_SEQ_LEN=256 EVAL_SEQ_LEN=256 TRAIN_BATCH_TOKENS=4096 VAL_BATCH_SIZE=8192 ITERATIONS=400 WARMDOWN_ITERS=160 \
@@ -1420,7 +1420,7 @@ def train(c, run, model, data, val):
 	first_bad, feed = torch.full((), c.iterations + 1, device=run.device), data.batches(begin)
 	model.recurring = bool(c.recur_layers) and (begin > c.recur_start or not c.recur_start)
 	clock = Clock(run, 1000 * c.max_wallclock_seconds, begin, ms)
-	reserve = 2 + (2 * len(data.held_out) + 3 * c.calibration_tokens) / c.train_batch_tokens  # steps' time to calibrate and compare averages
+	reserve = 2 + (1.5 * len(data.held_out) + 2 * c.calibration_tokens) / c.train_batch_tokens  # steps' time to calibrate and compare averages
 	for step in range(begin, c.iterations + 1):
 		elapsed, stop, bad = clock.agreed(step, first_bad)
 		last = step == c.iterations or 0 < clock.cap_ms <= elapsed + reserve * clock.step_ms and step > 0
