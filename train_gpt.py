@@ -973,8 +973,8 @@ class Quantizer:
 		return entropy_bytes(self.census(self.levels(step, True))[0]) + self.beside
 	def search(self, cap):
 		"""The step at which estimate() is just under cap, or the finest."""
-		low, high = -1e-4, 40.0  # octaves over the finest, which is the first tried
-		while high - low > 1e-4:
+		low, high = -1e-3, 40.0  # octaves over the finest, which is the first tried
+		while high - low > 1e-3:
 			middle = max(0.0, low + (high - low) * (low >= 0) / 2)
 			low, high = (low, middle) if self.estimate(self.finest * 2.0**middle) < cap else (middle, high)
 		return self.finest * 2.0**high
