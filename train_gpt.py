@@ -774,12 +774,12 @@ class Averages:
 		if c.ema_enabled: torch._foreach_lerp_(self.kept["ema"], self.params, 1 - min(c.ema_decay, (1 + n) / (10 + n)))
 		if c.swa_enabled and scale < 0.2 and n % c.swa_every == 0:
 			self.snapshots += 1; torch._foreach_lerp_(self.kept["swa"], self.params, 1 / self.snapshots)
-		if c.lawa_enabled and n % c.lawa_freq == 0: torch._foreach_copy_(self.kept[f"lawa{n // c.lawa_freq % c.lawa_k}"], self.params)
+		if c.lawa_enabled and n % c.lawa_freq == 0: torch._foreach_copy_(self.kept[f"lawa{(n // c.lawa_freq - 1) % c.lawa_k}"], self.params)
 	def candidates(self):
 		"""Weights by name, those that AVERAGE allows; the last ones where there is no average yet."""
 		found, taken = {"none": [p.detach().clone() for p in self.params]}, self.steps // self.c.lawa_freq
 		found |= {"ema": self.kept.get("ema")} | ({"swa": self.kept["swa"]} if self.snapshots else {})
-		lawa = [weights for kind, weights in self.kept.items() if kind[:4] == "lawa" and taken > 0][-taken:]
+		lawa = [weights for kind, weights in self.kept.items() if kind[:4] == "lawa"][:taken]
 		found["lawa"] = [sum(copies) / len(copies) for copies in zip(*lawa)]
 		found = {name: weights for name, weights in found.items() if weights}
 		return found if self.c.average == "auto" else {name: found[name] for name in [self.c.average if self.c.average in found else "none"]}
