@@ -8,6 +8,7 @@ Shards go to data/datasets/NAME/fineweb_{train,val}_%06d.bin, tokenizers to data
 it is whole, so a command can be stopped at any time; started again, it continues. Exit status: 0 done, 2 bad input or no
 room (one line on stderr), 130 interrupted.
 """
+
 import argparse
 import contextlib
 import hashlib
@@ -30,10 +31,20 @@ SHARD_MAGIC, SHARD_VERSION, BOS = 20240520, 1, 1
 DATASET, TOKENIZER = "fineweb10B_sp1024", "fineweb_1024_bpe.model"
 TOKENIZER_SHA256, TOKENIZER_BYTES, LOOKALIKE_BYTES = "4f5e8adb", 254483, 253847
 # Tests, tables, and what differs between two installations of one Python version are no text to learn from.
-DEMO_SKIP = re.compile(r"(^|/)((tests?|idlelib|idle_test|site-packages|dist-packages|lib2to3|ensurepip|__pycache__|encodings|"
-                       r"turtledemo|config-[^/]*|lib-dynload)/|_sysconfigdata[^/]*$)")
-DEMO_FILE_BYTES, DEMO_VAL_FILE, DEMO_VAL = 400_000, range(2_000, 20_000), 170_000  # validation: characters of a file, of all
-SAMPLE_BYTES, BLOCK, PART = 2**24, 2000, 2**20  # bytes a tokenizer learns from; characters of its sentences, of an encoding
+DEMO_SKIP = re.compile(
+    r"(^|/)((tests?|idlelib|idle_test|site-packages|dist-packages|lib2to3|ensurepip|__pycache__|encodings|"
+    r"turtledemo|config-[^/]*|lib-dynload)/|_sysconfigdata[^/]*$)"
+)
+DEMO_FILE_BYTES, DEMO_VAL_FILE, DEMO_VAL = (
+    400_000,
+    range(2_000, 20_000),
+    170_000,
+)  # validation: characters of a file, of all
+SAMPLE_BYTES, BLOCK, PART = (
+    2**24,
+    2000,
+    2**20,
+)  # bytes a tokenizer learns from; characters of its sentences, of an encoding
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
 
 
@@ -43,6 +54,7 @@ class BadInput(Exception):
 
 class Status:
     """A line of progress, printed every four seconds by a thread, so that a long library call is not silent either."""
+
     text = "starting"
 
     def show(self, stop, start):
@@ -80,7 +92,9 @@ def write_shard(path, arrays):
             f.write(np.asarray(ids, "<u2").tobytes())
             n += len(ids)
         if not n:
-            raise BadInput(f"{path.name}: no document for this split; give more text, another --val-fraction, or --val.")
+            raise BadInput(
+                f"{path.name}: no document for this split; give more text, another --val-fraction, or --val."
+            )
         header[:3] = SHARD_MAGIC, SHARD_VERSION, n  # last: how many there are shows only at the end
         f.seek(0)
         f.write(header.tobytes())
@@ -93,10 +107,14 @@ def check_shard(path):
         raise BadInput(f"{path}: no such file.")
     size, header = path.stat().st_size, np.fromfile(path, "<i4", 256)
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise BadInput(f"{path}: {size} bytes without a shard's header (magic {SHARD_MAGIC}, version {SHARD_VERSION}).")
+        raise BadInput(
+            f"{path}: {size} bytes without a shard's header (magic {SHARD_MAGIC}, version {SHARD_VERSION})."
+        )
     n = int(header[2])
     if n < 1 or size != 1024 + 2 * n:
-        raise BadInput(f"{path}: {size} bytes, but its header says {n} tokens, which take {1024 + 2 * n}.")
+        raise BadInput(
+            f"{path}: {size} bytes, but its header says {n} tokens, which take {1024 + 2 * n}."
+        )
     return n
 
 
@@ -109,20 +127,37 @@ def train_tokenizer(texts, text_bytes, vocab_size):
     Byte fallback and the identity normaliser make it lossless: newlines, tabs and runs of spaces come back. Ids are like
     the official ones: 0 <pad>, 1 <s>, 2 </s>, 3 <unk>, 256 bytes, pieces. Raises BadInput if the text does not suffice.
     """
-    blocks = (text[i:i + BLOCK] for text in texts for i in range(0, len(text), BLOCK))
+    blocks = (text[i : i + BLOCK] for text in texts for i in range(0, len(text), BLOCK))
     STATUS.text = "reading text for the tokenizer"
-    sample = list(itertools.islice(blocks, 0, None, 1 + text_bytes // SAMPLE_BYTES))  # SentencePiece would wrap our BadInput
+    sample = list(
+        itertools.islice(blocks, 0, None, 1 + text_bytes // SAMPLE_BYTES)
+    )  # SentencePiece would wrap our BadInput
     STATUS.text, model = f"training a tokenizer of {vocab_size} pieces", io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sample), model_writer=model,
-            model_type="bpe", vocab_size=vocab_size, byte_fallback=True, character_coverage=0.999, split_digits=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-            pad_id=0, bos_id=BOS, eos_id=2, unk_id=3, max_sentence_length=4 * BLOCK,
-            num_threads=1, minloglevel=3)  # one thread: the same bytes on every run
+            sentence_iterator=iter(sample),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.999,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            pad_id=0,
+            bos_id=BOS,
+            eos_id=2,
+            unk_id=3,
+            max_sentence_length=4 * BLOCK,
+            num_threads=1,
+            minloglevel=3,
+        )  # one thread: the same bytes on every run
     except RuntimeError as why:
-        raise BadInput(f"the training text does not make a tokenizer of {vocab_size} pieces; give more text or another "
-                       f"--vocab-size ({' '.join(str(why).split())[-120:]})") from None
+        raise BadInput(
+            f"the training text does not make a tokenizer of {vocab_size} pieces; give more text or another "
+            f"--vocab-size ({' '.join(str(why).split())[-120:]})"
+        ) from None
     return model.getvalue()
 
 
@@ -135,7 +170,9 @@ def load_tokenizer(path):
     except (RuntimeError, OSError) as why:
         raise BadInput(f"{path}: not a SentencePiece model ({str(why)[:80]}).") from None
     if sp.vocab_size() > 65536 or sp.bos_id() < 0:
-        raise BadInput(f"{path}: {sp.vocab_size()} pieces, BOS id {sp.bos_id()}; ids must fit 16 bits and BOS starts documents.")
+        raise BadInput(
+            f"{path}: {sp.vocab_size()} pieces, BOS id {sp.bos_id()}; ids must fit 16 bits and BOS starts documents."
+        )
     return sp
 
 
@@ -146,7 +183,7 @@ def cut(text, joins):
     """
     start = 0
     while space := re.compile("(?<=[^ ]) (?=[^ ])").search(text, start + PART):
-        yield text[start:space.start()]
+        yield text[start : space.start()]
         start = space.end() if joins else space.start()
     yield text[start:]
 
@@ -188,8 +225,14 @@ def write_split(folder, split, stream, rows, save, shard_tokens, max_tokens):
 
     def fill(row):
         for ids, size, changed in stream:
-            ids = ids[:max_tokens - total - row["tokens"]]
-            counts = dict(documents=1, tokens=len(ids), bytes=size, changed=int(changed), dropped=int(not len(ids)))
+            ids = ids[: max_tokens - total - row["tokens"]]
+            counts = dict(
+                documents=1,
+                tokens=len(ids),
+                bytes=size,
+                changed=int(changed),
+                dropped=int(not len(ids)),
+            )
             row.update({name: row[name] + n for name, n in counts.items()})
             yield ids
             if row["tokens"] >= min(shard_tokens, max_tokens - total):
@@ -201,7 +244,10 @@ def write_split(folder, split, stream, rows, save, shard_tokens, max_tokens):
             first.append(document)
         if rows and not any(len(ids) for ids, *_ in first):
             break
-        stream, row = itertools.chain(first, stream), dict(documents=0, tokens=0, bytes=0, changed=0, dropped=0)
+        stream, row = (
+            itertools.chain(first, stream),
+            dict(documents=0, tokens=0, bytes=0, changed=0, dropped=0),
+        )
         total += write_shard(folder / f"fineweb_{split}_{len(rows):06d}.bin", fill(row))
         rows.append(row)
         save()
@@ -212,10 +258,12 @@ def summary(record):
     text = []
     for split in ("train", "val"):
         n = {key: sum(row[key] for row in record[split]) for key in record[split][0]}
-        text.append(f"{split} {len(record[split])} files, {n['tokens']:,} tokens, {n['documents']:,} documents"
-                    + f", {n['bytes'] / n['tokens']:.3f} bytes a token" * (split == "val")
-                    + f", {n['changed']:,} changed by the tokenizer's normalisation" * (n["changed"] > 0)
-                    + f", {n['dropped']:,} dropped, having no encoding" * (n["dropped"] > 0))
+        text.append(
+            f"{split} {len(record[split])} files, {n['tokens']:,} tokens, {n['documents']:,} documents"
+            + f", {n['bytes'] / n['tokens']:.3f} bytes a token" * (split == "val")
+            + f", {n['changed']:,} changed by the tokenizer's normalisation" * (n["changed"] > 0)
+            + f", {n['dropped']:,} dropped, having no encoding" * (n["dropped"] > 0)
+        )
     return "; ".join(text)
 
 
@@ -245,8 +293,10 @@ def build(args, name, model, splits, settings, text_bytes, keep=False):
             return
     if record.get("settings") != settings:
         if not args.force and (folder.exists() or trains and model.exists()):
-            raise BadInput(f"{folder if folder.exists() else model} is there, but damaged or made from other text or settings; "
-                           "--force replaces it.")
+            raise BadInput(
+                f"{folder if folder.exists() else model} is there, but damaged or made from other text or settings; "
+                "--force replaces it."
+            )
         shutil.rmtree(work, ignore_errors=True)
         record = dict(settings=settings, val=[], train=[])
 
@@ -263,8 +313,20 @@ def build(args, name, model, splits, settings, text_bytes, keep=False):
     sp = load_tokenizer(draft if trains else model)
     for split, texts in splits.items():
         rest = itertools.islice(texts(), sum(row["documents"] for row in record[split]), None)
-        most = settings["max_tokens"] if split == "train" and settings.get("max_tokens") else sys.maxsize
-        write_split(work, split, encode(sp, rest, split), record[split], save, settings.get("shard_tokens", 10**8), most)
+        most = (
+            settings["max_tokens"]
+            if split == "train" and settings.get("max_tokens")
+            else sys.maxsize
+        )
+        write_split(
+            work,
+            split,
+            encode(sp, rest, split),
+            record[split],
+            save,
+            settings.get("shard_tokens", 10**8),
+            most,
+        )
     if trains:
         model.parent.mkdir(parents=True, exist_ok=True)
         draft.replace(model)
@@ -283,16 +345,24 @@ def demo(args, _):
     root, texts = Path(sysconfig.get_paths()["stdlib"]), {}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if not DEMO_SKIP.search(name) and (path.stat().st_size <= DEMO_FILE_BYTES or name == "pydoc_data/topics.py"):
+        if not DEMO_SKIP.search(name) and (
+            path.stat().st_size <= DEMO_FILE_BYTES or name == "pydoc_data/topics.py"
+        ):
             with contextlib.suppress(UnicodeDecodeError):
                 texts[name] = path.read_bytes().decode()
     val, size = set(), 0
-    for name in sorted(texts, key=fraction_of):  # of the names: spread over the library, nearly the same for all versions
+    for name in sorted(
+        texts, key=fraction_of
+    ):  # of the names: spread over the library, nearly the same for all versions
         if size < DEMO_VAL and len(texts[name]) in DEMO_VAL_FILE:
             val.add(name)
             size += len(texts[name])
-    splits = {split: lambda held=split == "val": (t for name, t in texts.items() if t and (name in val) == held)
-              for split in ("val", "train")}
+    splits = {
+        split: lambda held=split == "val": (
+            t for name, t in texts.items() if t and (name in val) == held
+        )
+        for split in ("val", "train")
+    }
     settings = dict(vocab_size=1024, text=hashlib.sha256(json.dumps(texts).encode()).hexdigest())
     model = args.out / "tokenizers" / "demo_1024_bpe.model"
     build(args, "demo_sp1024", model, splits, settings, sum(map(len, texts.values())), keep=True)
@@ -305,9 +375,15 @@ def text_files(paths):
     """The files among paths and in the folders among them, sorted within a folder. Raises BadInput for what is no text."""
     files = []
     for path in paths:
-        found = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES)) if path.is_dir() else [path]
+        found = (
+            sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES))
+            if path.is_dir()
+            else [path]
+        )
         if not path.exists() or not found or not found[0].name.endswith(SUFFIXES):
-            raise BadInput(f"{path}: {'no ' + ', '.join(SUFFIXES) + ' file' if path.exists() else 'no such file or folder'}.")
+            raise BadInput(
+                f"{path}: {'no ' + ', '.join(SUFFIXES) + ' file' if path.exists() else 'no such file or folder'}."
+            )
         files += found
     return list(dict.fromkeys(f.resolve() for f in files))
 
@@ -343,18 +419,29 @@ def read_documents(files):
         except (BadInput, MemoryError):
             raise
         except Exception as why:  # UnicodeError, JSONDecodeError, OSError, and the base of zstandard's own is Exception
-            raise BadInput(f"{path}, line {number}: {why}" if number else f"{path}: {why}") from None
+            raise BadInput(
+                f"{path}, line {number}: {why}" if number else f"{path}: {why}"
+            ) from None
 
 
 def text(args, _):
     """A data set from your files. Without --val, documents go to validation by a hash of their content."""
     files, held = text_files(args.paths), text_files(args.val or [])
     if not re.fullmatch(r"[\w-][\w.-]*", args.name) or args.name.endswith(".part"):
-        raise BadInput(f"--name {args.name}: it names a folder; letters, digits, '_', '-' and '.' only.")
+        raise BadInput(
+            f"--name {args.name}: it names a folder; letters, digits, '_', '-' and '.' only."
+        )
     if both := set(files) & set(held):
-        raise BadInput(f"{min(both)}: in --val and in the training text; validation text must be new to the model.")
-    settings = dict(val=args.val_fraction, shard_tokens=args.shard_tokens, max_tokens=args.max_tokens,
-                    files=[[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files + held], held=len(held))
+        raise BadInput(
+            f"{min(both)}: in --val and in the training text; validation text must be new to the model."
+        )
+    settings = dict(
+        val=args.val_fraction,
+        shard_tokens=args.shard_tokens,
+        max_tokens=args.max_tokens,
+        files=[[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files + held],
+        held=len(held),
+    )
     if args.tokenizer:
         load_tokenizer(args.tokenizer)
         settings["tokenizer"] = hashlib.sha256(args.tokenizer.read_bytes()).hexdigest()
@@ -363,9 +450,15 @@ def text(args, _):
     splits = {"val": lambda: read_documents(held), "train": lambda: read_documents(files)}
     if not held:
         STATUS.text = "reading the text"
-        limit = max(args.val_fraction, min(map(fraction_of, read_documents(files)), default=0) + 2**-48)  # one at least
-        splits = {split: lambda want=split == "val": (t for t in read_documents(files) if want == (fraction_of(t) < limit))
-                  for split in splits}
+        limit = max(
+            args.val_fraction, min(map(fraction_of, read_documents(files)), default=0) + 2**-48
+        )  # one at least
+        splits = {
+            split: lambda want=split == "val": (
+                t for t in read_documents(files) if want == (fraction_of(t) < limit)
+            )
+            for split in splits
+        }
     model = args.tokenizer or args.out / "tokenizers" / f"{args.name}.model"
     build(args, args.name, model, splits, settings, sum(f.stat().st_size for f in files))
 
@@ -378,13 +471,20 @@ def fetch_from_hub(repo):
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise BadInput("fineweb needs the package huggingface_hub: pip install huggingface_hub") from None
+        raise BadInput(
+            "fineweb needs the package huggingface_hub: pip install huggingface_hub"
+        ) from None
 
     def fetch(repo_path, folder):
         try:
             return Path(hf_hub_download(repo, repo_path, repo_type="dataset", local_dir=folder))
-        except Exception as why:  # its HTTP library's errors share no base and change with its version
-            raise BadInput(f"{repo}/{repo_path}: {type(why).__name__}: {' '.join(str(why).split())[:300]}") from None
+        except (
+            Exception
+        ) as why:  # its HTTP library's errors share no base and change with its version
+            raise BadInput(
+                f"{repo}/{repo_path}: {type(why).__name__}: {' '.join(str(why).split())[:300]}"
+            ) from None
+
     return fetch
 
 
@@ -392,10 +492,16 @@ def check_tokenizer(path):
     """Raises BadInput if the file is not the official tokenizer."""
     size = path.stat().st_size if path.is_file() else 0
     if size == LOOKALIKE_BYTES:
-        raise BadInput(f"{path}: 253,847 bytes is another model that circulates as {TOKENIZER} and decodes the official shards "
-                       "to garbage; the official one has 254,483 bytes.")
-    if size != TOKENIZER_BYTES or not hashlib.sha256(path.read_bytes()).hexdigest().startswith(TOKENIZER_SHA256):
-        raise BadInput(f"{path}: {size} bytes; the official tokenizer has {TOKENIZER_BYTES} and sha256 {TOKENIZER_SHA256}...")
+        raise BadInput(
+            f"{path}: 253,847 bytes is another model that circulates as {TOKENIZER} and decodes the official shards "
+            "to garbage; the official one has 254,483 bytes."
+        )
+    if size != TOKENIZER_BYTES or not hashlib.sha256(path.read_bytes()).hexdigest().startswith(
+        TOKENIZER_SHA256
+    ):
+        raise BadInput(
+            f"{path}: {size} bytes; the official tokenizer has {TOKENIZER_BYTES} and sha256 {TOKENIZER_SHA256}..."
+        )
     return 0
 
 
@@ -408,7 +514,9 @@ def read_manifest(path):
         model = entry.get("model_path") or models.get(entry.get("tokenizer_name")) or TOKENIZER
         counts = int(entry["stats"]["files_train"]), int(entry["stats"]["files_val"])
     except (ValueError, KeyError, TypeError, StopIteration) as why:
-        raise BadInput(f"manifest.json: no complete entry for {DATASET} ({type(why).__name__} {why}); has it changed?") from None
+        raise BadInput(
+            f"manifest.json: no complete entry for {DATASET} ({type(why).__name__} {why}); has it changed?"
+        ) from None
     if Path(model).name != TOKENIZER:
         raise BadInput(f"manifest.json: {DATASET} has the tokenizer {model}, not {TOKENIZER}.")
     return counts
@@ -421,8 +529,14 @@ def fineweb(args, fetch):
     counts = read_manifest(fetch("datasets/manifest.json", temporary))
     if args.train_shards > counts[0]:
         raise BadInput(f"--train-shards {args.train_shards}: the manifest offers {counts[0]}.")
-    names = [f"fineweb_{split}_{i:06d}.bin" for split, n in (("val", counts[1]), ("train", args.train_shards)) for i in range(n)]
-    files = [(f"tokenizers/{TOKENIZER}", check_tokenizer)] + [(f"datasets/{DATASET}/{name}", check_shard) for name in names]
+    names = [
+        f"fineweb_{split}_{i:06d}.bin"
+        for split, n in (("val", counts[1]), ("train", args.train_shards))
+        for i in range(n)
+    ]
+    files = [(f"tokenizers/{TOKENIZER}", check_tokenizer)] + [
+        (f"datasets/{DATASET}/{name}", check_shard) for name in names
+    ]
     written = tokens = documents = 0
     for i, (name, check) in enumerate(files, 1):
         target = args.out / name
@@ -442,7 +556,9 @@ def fineweb(args, fetch):
         source.replace(target)
         written += 1
     shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{DATASET}: wrote {written} files, {tokens:,} tokens, {documents:,} documents; {len(files) - written} were there")
+    print(
+        f"{DATASET}: wrote {written} files, {tokens:,} tokens, {documents:,} documents; {len(files) - written} were there"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------------- main
@@ -450,36 +566,79 @@ def fineweb(args, fetch):
 
 def number(kind, low, high):
     """A parser of command-line numbers from low to high."""
+
     def amount(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text}: allowed are {low} to {high}")
         return kind(text)
+
     return amount
 
 
 def parser():
     """The command line."""
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands, made = top.add_subparsers(required=True, metavar="COMMAND"), {}
     for run in (demo, fineweb, text):
         p = made[run] = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         p.set_defaults(run=run)
-        p.add_argument("--out", type=Path, default=Path("data"), help="folder of datasets/ and tokenizers/ (default data)")
+        p.add_argument(
+            "--out",
+            type=Path,
+            default=Path("data"),
+            help="folder of datasets/ and tokenizers/ (default data)",
+        )
         if run is not fineweb:
             p.add_argument("--force", action="store_true", help="replace what is there")
     add = made[fineweb].add_argument
-    add("--train-shards", type=number(int, 0, 10**6), default=80, metavar="N", help="200 MB, 100 M tokens each (default 80)")
-    add("--repo", default="willdepueoai/parameter-golf", help="data set repository (default %(default)s)")
+    add(
+        "--train-shards",
+        type=number(int, 0, 10**6),
+        default=80,
+        metavar="N",
+        help="200 MB, 100 M tokens each (default 80)",
+    )
+    add(
+        "--repo",
+        default="willdepueoai/parameter-golf",
+        help="data set repository (default %(default)s)",
+    )
     add = made[text].add_argument
-    add("paths", type=Path, nargs="+", metavar="PATH", help="files or folders of " + ", ".join(SUFFIXES))
+    add(
+        "paths",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="files or folders of " + ", ".join(SUFFIXES),
+    )
     add("--name", required=True, help="name of the data set")
     add("--max-tokens", type=number(int, 1, 2**62), metavar="N", help="training tokens at most")
-    add("--shard-tokens", type=number(int, 1, 10**9), default=10**8, metavar="N", help="tokens that end a shard (default 100 M)")
+    add(
+        "--shard-tokens",
+        type=number(int, 1, 10**9),
+        default=10**8,
+        metavar="N",
+        help="tokens that end a shard (default 100 M)",
+    )
     add = made[text].add_mutually_exclusive_group().add_argument
     add("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to use")
-    add("--vocab-size", type=number(int, 261, 65536), default=1024, metavar="N", help="pieces of a new one (default 1024)")
+    add(
+        "--vocab-size",
+        type=number(int, 261, 65536),
+        default=1024,
+        metavar="N",
+        help="pieces of a new one (default 1024)",
+    )
     add = made[text].add_mutually_exclusive_group().add_argument
-    add("--val-fraction", type=number(float, 0, 1), default=0.01, metavar="F", help="validation documents (default 0.01)")
+    add(
+        "--val-fraction",
+        type=number(float, 0, 1),
+        default=0.01,
+        metavar="F",
+        help="validation documents (default 0.01)",
+    )
     add("--val", type=Path, nargs="+", metavar="PATH", help="validation text")
     return top
 

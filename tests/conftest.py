@@ -1,4 +1,5 @@
 """Shared pieces: the script as a module, a tiny data set, tiny runs in this process and as separate processes."""
+
 import json
 import os
 import subprocess
@@ -17,10 +18,35 @@ import train_gpt as t  # noqa: E402
 # The official tokenizer, real text and the lineage's own artifacts are not part of the repository.
 PARITY = Path(os.environ.get("PARITY_DATA", ROOT.parent / "shared" / "data"))
 TINY = dict(
-    VOCAB_SIZE="384", NUM_LAYERS="3", MODEL_DIM="32", NUM_HEADS="4", NUM_KV_HEADS="2", VE_LAYERS="1,2", VE_DIM="8", XSA_LAST_N="1",
-    BIGRAM_VOCAB_SIZE="64", BIGRAM_DIM="8", ROPE_DIMS="4", TRAIN_SEQ_LEN="32", EVAL_SEQ_LEN="32", EVAL_STRIDE="8", TRAIN_BATCH_TOKENS="384",
-    VAL_BATCH_SIZE="256", ITERATIONS="12", WARMDOWN_ITERS="12", MAX_WALLCLOCK_SECONDS="0", VAL_LOSS_EVERY="3", CALIBRATION_TOKENS="128", TTT_CHUNK_TOKENS="128",
-    TTT_LR="0.05", SLOT_LR="0.01", SLOT_BATCH_SEQS="4", MUON_MOMENTUM_WARMUP_STEPS="4", SWA_EVERY="1", DEVICE="cpu")
+    VOCAB_SIZE="384",
+    NUM_LAYERS="3",
+    MODEL_DIM="32",
+    NUM_HEADS="4",
+    NUM_KV_HEADS="2",
+    VE_LAYERS="1,2",
+    VE_DIM="8",
+    XSA_LAST_N="1",
+    BIGRAM_VOCAB_SIZE="64",
+    BIGRAM_DIM="8",
+    ROPE_DIMS="4",
+    TRAIN_SEQ_LEN="32",
+    EVAL_SEQ_LEN="32",
+    EVAL_STRIDE="8",
+    TRAIN_BATCH_TOKENS="384",
+    VAL_BATCH_SIZE="256",
+    ITERATIONS="12",
+    WARMDOWN_ITERS="12",
+    MAX_WALLCLOCK_SECONDS="0",
+    VAL_LOSS_EVERY="3",
+    CALIBRATION_TOKENS="128",
+    TTT_CHUNK_TOKENS="128",
+    TTT_LR="0.05",
+    SLOT_LR="0.01",
+    SLOT_BATCH_SEQS="4",
+    MUON_MOMENTUM_WARMUP_STEPS="4",
+    SWA_EVERY="1",
+    DEVICE="cpu",
+)
 
 
 def write_shard(path, tokens):
@@ -32,16 +58,30 @@ def write_shard(path, tokens):
 
 def make_tiny_data(folder, targets=600):
     """Settings of a tiny data set made there: two training shards and a validation shard of Python's own source text."""
-    texts = [Path(sys.modules[m].__file__).read_text() for m in ("argparse", "json.decoder", "subprocess", "pathlib")]
+    texts = [
+        Path(sys.modules[m].__file__).read_text()
+        for m in ("argparse", "json.decoder", "subprocess", "pathlib")
+    ]
     (folder / "text").write_text("\n".join(texts))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "tiny"), vocab_size=384, model_type="bpe", byte_fallback=True, pad_id=0,
-        bos_id=1, eos_id=2, unk_id=3, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tiny"),
+        vocab_size=384,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tiny.model"))
     ids = [[1] + sp.encode(text) for text in texts]
     write_shard(folder / "fineweb_train_000000.bin", ids[0])
     write_shard(folder / "fineweb_train_000001.bin", ids[2])
-    write_shard(folder / "fineweb_val_000000.bin", (ids[1] + ids[3])[:1 + targets])
+    write_shard(folder / "fineweb_val_000000.bin", (ids[1] + ids[3])[: 1 + targets])
     return dict(DATA_PATH=str(folder), TOKENIZER_PATH=str(folder / "tiny.model"))
 
 
@@ -61,6 +101,7 @@ def tiny(tiny_data, tmp_path, monkeypatch):
         name = changes.pop("RUN_ID", f"run{next(count)}")
         t.run_all(t.load_config({**TINY, **tiny_data, "RUN_ID": name, **changes}))
         return read_metrics(tmp_path / "logs" / name)
+
     return run
 
 
@@ -76,7 +117,11 @@ def read_metrics(folder):
 def timeless(metrics):
     """Metrics without settings and times, for comparisons of runs."""
     times = ("train_time", "eval_time", "step_avg", "seconds")
-    return {label: {k: v for k, v in row.items() if k not in times} for label, row in metrics.items() if label != "settings"}
+    return {
+        label: {k: v for k, v in row.items() if k not in times}
+        for label, row in metrics.items()
+        if label != "settings"
+    }
 
 
 def config(tiny_data=None, **changes):
@@ -87,22 +132,38 @@ def config(tiny_data=None, **changes):
 def process(env, cwd, ranks=0, script=ROOT / "train_gpt.py", timeout=240):
     """The finished process of the script, plain or under torchrun with so many ranks."""
     clean = {k: v for k, v in os.environ.items() if k not in {s.name for s in t.SETTINGS}}
-    command = [sys.executable, str(script)] if not ranks else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(script)]
-    return subprocess.run(command, env={**clean, **env}, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    command = (
+        [sys.executable, str(script)]
+        if not ranks
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            str(script),
+        ]
+    )
+    return subprocess.run(
+        command, env={**clean, **env}, cwd=cwd, capture_output=True, text=True, timeout=timeout
+    )
 
 
 @pytest.fixture
 def stream(tiny_data):
     """A function (config, n targets, seed) -> (Run, ValData-like stream of random tokens)."""
+
     def make(c, n=256, seed=0, tokens=None):
         run = t.Run(c)
         val = t.ValData.__new__(t.ValData)
         rng = np.random.default_rng(seed)
         val.n, val.dropped = n, 0
-        val.tokens = t.torch.from_numpy(rng.integers(4, c.vocab_size, n + 1)) if tokens is None else tokens
+        val.tokens = (
+            t.torch.from_numpy(rng.integers(4, c.vocab_size, n + 1)) if tokens is None else tokens
+        )
         val.bytes, val.total_bytes = np.ones(n, np.uint8), n
         return run, val
+
     return make
 
 

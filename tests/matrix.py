@@ -52,9 +52,15 @@ SMALL = dict(
     DEVICE="cpu",
 )
 # Settings of presets that a model of three layers cannot have.
-SHRUNK = {"best": dict(RECUR_LAYERS="1,2", RECUR_START="6", PARALLEL_LAST_N="2"), "pr1488": dict(PREQUANT_TTT_EPOCHS="2")}
+SHRUNK = {
+    "best": dict(RECUR_LAYERS="1,2", RECUR_START="6", PARALLEL_LAST_N="2"),
+    "pr1488": dict(PREQUANT_TTT_EPOCHS="2"),
+}
 PRESETS = "pr1084 pr549 pr1150 pr1303 pr1313 pr1488 slot28 slot32 slot48 hypergradient best best_demo demo".split()
-BUDGET, BUDGET_LITE = 19_000, 26_000  # bytes of an artifact that these models fill: of int8 embeddings, a fifth cannot shrink
+BUDGET, BUDGET_LITE = (
+    19_000,
+    26_000,
+)  # bytes of an artifact that these models fill: of int8 embeddings, a fifth cannot shrink
 
 # What each case changes. "load" is an artifact that an earlier case left, "budget" its bytes for weights, "ranks" and
 # "cut" (the training step at which the run is cut off, and then resumed) how it is run.
@@ -63,13 +69,24 @@ CASES = {
     "two_shards": dict(shards=2, EVALS="none"),
     "coprime": dict(DATA_ORDER="coprime", MIN_LR="0.1", EVALS="none", ITERATIONS="30"),
     "untied": dict(TIE_EMBEDDINGS="0", EMBED_LR="0.05", HEAD_LR="0.5", EVALS="sliding_window"),
-    "residual": dict(VALUE_RESIDUAL="1", GATED_ATTENTION="1", PARALLEL_LAST_N="1", EVALS="sliding_window"),
-    "plain_parts": dict(VE_ENABLED="0", BIGRAM_VOCAB_SIZE="0", LN_SCALE="0", XSA_LAST_N="0", ROPE_DIMS="0", EVALS="roundtrip"),
+    "residual": dict(
+        VALUE_RESIDUAL="1", GATED_ATTENTION="1", PARALLEL_LAST_N="1", EVALS="sliding_window"
+    ),
+    "plain_parts": dict(
+        VE_ENABLED="0",
+        BIGRAM_VOCAB_SIZE="0",
+        LN_SCALE="0",
+        XSA_LAST_N="0",
+        ROPE_DIMS="0",
+        EVALS="roundtrip",
+    ),
     "muon": dict(MUON_ROW_NORM="1", NEWTON_SCHULZ="polar_express", EVALS="none"),
     "recurrence": dict(RECUR_LAYERS="1,2", RECUR_START="4", VRL_ENABLED="1", EVALS="roundtrip,ttt"),
     "qat_rd": dict(LATE_QAT_THRESHOLD="0.8", EVALS="roundtrip"),
     "qat_budget": dict(LATE_QAT_THRESHOLD="0.8", budget=BUDGET, EVALS="roundtrip"),
-    "qat_lite": dict(LATE_QAT_THRESHOLD="0.8", QUANT="gptq_lite", budget=BUDGET_LITE, EVALS="roundtrip"),
+    "qat_lite": dict(
+        LATE_QAT_THRESHOLD="0.8", QUANT="gptq_lite", budget=BUDGET_LITE, EVALS="roundtrip"
+    ),
     "no_qat": dict(LATE_QAT="0", EVALS="roundtrip"),
     "gptq": dict(QUANT="gptq", budget=BUDGET, EVALS="roundtrip"),
     "gptq_lzma": dict(QUANT="gptq", CODER="lzma", budget=BUDGET, EVALS="roundtrip"),
@@ -82,13 +99,27 @@ CASES = {
     "average_lawa": dict(AVERAGE="lawa", LAWA_ENABLED="1", LAWA_K="2", LAWA_FREQ="3", EVALS="none"),
     "freeze": dict(load="default", TTT_FREEZE_BLOCKS="2", TTT_BATCH_SEQS="2", EVALS="ttt"),
     "batch": dict(load="default", VAL_BATCH_SIZE="96", EVAL_STRIDE="5", EVALS="sliding_window,ttt"),
-    "ctw": dict(load="default", SLOT_ENABLED="0", CTW_WEIGHT="0.3", CTW_ENTROPY_THRESHOLD="1", EVALS="ctw,ttt_ctw"),
-    "hyper": dict(load="default", SLOT_HYPER_LR="0.1", SLOT_LR_MIN="0.0002", SLOT_STEPS="6", EVALS="slot,ttt_slot"),
+    "ctw": dict(
+        load="default",
+        SLOT_ENABLED="0",
+        CTW_WEIGHT="0.3",
+        CTW_ENTROPY_THRESHOLD="1",
+        EVALS="ctw,ttt_ctw",
+    ),
+    "hyper": dict(
+        load="default",
+        SLOT_HYPER_LR="0.1",
+        SLOT_LR_MIN="0.0002",
+        SLOT_STEPS="6",
+        EVALS="slot,ttt_slot",
+    ),
     "ranks": dict(ranks=2, EVALS="roundtrip,sliding_window,ttt_slot"),
     "cut": dict(cut=8, SAVE_EVERY="3", LATE_QAT_THRESHOLD="0.6"),
     **{f"preset_{name}": dict(PRESET=name, **SHRUNK.get(name, {})) for name in PRESETS},
     **{
-        f"slot_{delta}_{loss}_{bias}": dict(load="default", SLOT_DELTA=delta, SLOT_LOSS=loss, SLOT_BIAS=bias, EVALS="slot,ttt_slot")
+        f"slot_{delta}_{loss}_{bias}": dict(
+            load="default", SLOT_DELTA=delta, SLOT_LOSS=loss, SLOT_BIAS=bias, EVALS="slot,ttt_slot"
+        )
         for delta in ("shared", "window")
         for loss in ("all", "scored", "context", "past")
         for bias in "01"
@@ -99,7 +130,10 @@ CASES = {
 def make_data(folder):
     """Write a tokenizer and shards there; {number of training shards: settings}."""
     rng = np.random.default_rng(1)
-    syllables = ["".join(rng.choice(list("bcdfglmnprstv")) + rng.choice(list("aeiou")) for _ in range(2)) for _ in range(60)]
+    syllables = [
+        "".join(rng.choice(list("bcdfglmnprstv")) + rng.choice(list("aeiou")) for _ in range(2))
+        for _ in range(60)
+    ]
     words = ["".join(rng.choice(syllables, rng.integers(1, 4))) for _ in range(400)]
     shares = 1 / np.arange(1, 401)
 
@@ -134,7 +168,14 @@ def make_data(folder):
                 header[:3] = 20240520, 1, len(ids)
                 path = folder / f"data{shards}" / f"fineweb_{split}_00000{number}.bin"
                 path.write_bytes(header.tobytes() + np.asarray(ids, "<u2").tobytes())
-    return {n: dict(DATA_PATH=str(folder / f"data{n}"), TOKENIZER_PATH=str(folder / "tiny.model"), VOCAB_SIZE="384") for n in (1, 2)}
+    return {
+        n: dict(
+            DATA_PATH=str(folder / f"data{n}"),
+            TOKENIZER_PATH=str(folder / "tiny.model"),
+            VOCAB_SIZE="384",
+        )
+        for n in (1, 2)
+    }
 
 
 def settings_of(name, data, code_bytes):
@@ -156,7 +197,9 @@ def figures(folder):
         row = json.loads(line)
         label = row.pop("label")
         if label != "settings":
-            found.setdefault(label, {}).update({key: value for key, value in row.items() if key not in TIMES})
+            found.setdefault(label, {}).update(
+                {key: value for key, value in row.items() if key not in TIMES}
+            )
     return {label: row for label, row in found.items() if row}
 
 
@@ -181,9 +224,18 @@ def run_cut(script, env, step):
 
 def run_ranks(script, env, ranks):
     """A run under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", script.__file__]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        script.__file__,
+    ]
     clean = {key: value for key, value in os.environ.items() if key not in script.NAMES}
-    subprocess.run(command, env={**clean, **env, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    subprocess.run(
+        command, env={**clean, **env, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True
+    )
 
 
 def run_matrix(script, folder, names=tuple(CASES)):
@@ -192,7 +244,11 @@ def run_matrix(script, folder, names=tuple(CASES)):
     os.chdir(folder)
     threads = script.torch.get_num_threads()
     script.torch.set_num_threads(1)
-    code_bytes = script.code_bytes() if hasattr(script, "code_bytes") else Path(script.__file__).stat().st_size
+    code_bytes = (
+        script.code_bytes()
+        if hasattr(script, "code_bytes")
+        else Path(script.__file__).stat().st_size
+    )
     for name in names:
         env, case = settings_of(name, data, code_bytes), CASES[name]
         if "cut" in case:
@@ -215,7 +271,11 @@ def differences(found, expected, tolerance=0.0):
             a, b = ours.get(label, {}), theirs.get(label, {})
             for key in dict.fromkeys([*a, *b]):
                 x, y = a.get(key), b.get(key)
-                close = isinstance(x, float) and isinstance(y, float) and abs(x - y) <= tolerance * max(1.0, abs(y))
+                close = (
+                    isinstance(x, float)
+                    and isinstance(y, float)
+                    and abs(x - y) <= tolerance * max(1.0, abs(y))
+                )
                 if x != y and not close:
                     lines.append(f"{case} {label} {key}: {x}, recorded {y}")
     return lines
@@ -223,10 +283,16 @@ def differences(found, expected, tolerance=0.0):
 
 def main():
     """Record, or compare; the exit status says whether all is equal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--record", action="store_true", help="write tests/matrix.json")
-    parser.add_argument("--compare", action="store_true", help="list what differs from tests/matrix.json")
-    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help="another version of the script")
+    parser.add_argument(
+        "--compare", action="store_true", help="list what differs from tests/matrix.json"
+    )
+    parser.add_argument(
+        "--script", type=Path, default=ROOT / "train_gpt.py", help="another version of the script"
+    )
     parser.add_argument("cases", nargs="*", help="only these")
     args = parser.parse_args()
     sys.path.insert(0, str(args.script.resolve().parent))

@@ -6,6 +6,7 @@ A chain is one run that is killed one to three times: at a random time, while a 
 SIGTERM; one process, or two ranks under torchrun of which all or one are killed. It must end with the same 8 decimals of every result, the same
 artifact, only whole files, and nothing else in its folder. Exit status 1 at the first difference.
 """
+
 import argparse
 import collections
 import contextlib
@@ -28,18 +29,48 @@ import torch
 from conftest import ROOT, TINY, make_tiny_data, t
 
 SETTINGS = dict(
-    TINY, ITERATIONS="80", SAVE_EVERY="5", VAL_LOSS_EVERY="20", TRAIN_LOG_EVERY="10", WARMDOWN_ITERS="40", EVAL_STRIDE="1", TTT_CHUNK_TOKENS="64",
-    VAL_BATCH_SIZE="128", EVALS="roundtrip,sliding_window,ttt,ttt_slot,slot,ctw", CTW_WEIGHT="0.1", SAVE_NLL="1", TTT_BATCH_SEQS="2")
-PHASES = ("step:20/", "late_qat:on", "average_none", "final_float", "quantised", "pass_artifact_roundtrip", "pass_artifact_sliding_window")
+    TINY,
+    ITERATIONS="80",
+    SAVE_EVERY="5",
+    VAL_LOSS_EVERY="20",
+    TRAIN_LOG_EVERY="10",
+    WARMDOWN_ITERS="40",
+    EVAL_STRIDE="1",
+    TTT_CHUNK_TOKENS="64",
+    VAL_BATCH_SIZE="128",
+    EVALS="roundtrip,sliding_window,ttt,ttt_slot,slot,ctw",
+    CTW_WEIGHT="0.1",
+    SAVE_NLL="1",
+    TTT_BATCH_SEQS="2",
+)
+PHASES = (
+    "step:20/",
+    "late_qat:on",
+    "average_none",
+    "final_float",
+    "quantised",
+    "pass_artifact_roundtrip",
+    "pass_artifact_sliding_window",
+)
 PHASE_NAMES = (  # the last line of a log -> what the run was doing after it
-    (r"$|settings|log:|python:", "starting"), (r"model_params|train_shards|step:|late_qat|resuming from .*checkpoint", "training"),
-    (r"average|training|pass_float|stopping", "averaging, float score"), (r"final_float|quantised|Code|Serialized|Total|artifact", "exporting, roundtrip"),
-    (r"pass_artifact_roundtrip|final_artifact_roundtrip", "sliding, slot, ctw"), (r"pass_artifact_s|final_artifact_s|final_artifact_ctw|progress:s|resuming from .*progress_artifact_s", "TTT"),
-    (r"resuming from .*progress|progress:", "an evaluation that went on"), (r"stopped by", "starting again"), (r"pass_artifact_t|final_artifact_t|eval_total", "ending"))
+    (r"$|settings|log:|python:", "starting"),
+    (r"model_params|train_shards|step:|late_qat|resuming from .*checkpoint", "training"),
+    (r"average|training|pass_float|stopping", "averaging, float score"),
+    (r"final_float|quantised|Code|Serialized|Total|artifact", "exporting, roundtrip"),
+    (r"pass_artifact_roundtrip|final_artifact_roundtrip", "sliding, slot, ctw"),
+    (
+        r"pass_artifact_s|final_artifact_s|final_artifact_ctw|progress:s|resuming from .*progress_artifact_s",
+        "TTT",
+    ),
+    (r"resuming from .*progress|progress:", "an evaluation that went on"),
+    (r"stopped by", "starting again"),
+    (r"pass_artifact_t|final_artifact_t|eval_total", "ending"),
+)
 
 
 class Chain:
     """A run in its own folder."""
+
     def __init__(self, folder, ranks):
         self.folder, self.ranks = folder, ranks
         self.env = {**os.environ, **SETTINGS, "RUN_ID": "soak", "OMP_NUM_THREADS": "1"}
@@ -47,21 +78,41 @@ class Chain:
         folder.mkdir(parents=True)
 
     def start(self, **more):
-        command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"] if self.ranks > 1 else []),
-                   str(ROOT / "train_gpt.py")]
+        command = [
+            sys.executable,
+            *(
+                ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
+                if self.ranks > 1
+                else []
+            ),
+            str(ROOT / "train_gpt.py"),
+        ]
         self.out = open(self.folder / "console", "a")
-        return subprocess.Popen(command, env={**self.env, **more}, cwd=self.folder, stdout=self.out, stderr=self.out, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            env={**self.env, **more},
+            cwd=self.folder,
+            stdout=self.out,
+            stderr=self.out,
+            start_new_session=True,
+        )
 
     def lines(self):
         text = self.log.read_text() if self.log.exists() else ""
-        return text[text.rfind("=" * 100 + "\n"):].splitlines()
+        return text[text.rfind("=" * 100 + "\n") :].splitlines()
 
     def phase(self):
         last = ([""] + self.lines())[-1]
         if last.startswith("train_shards") and (self.folder / "logs/soak/final_model.ptz").exists():
             last = "progress:"
         writing = "+writing a file" * bool(list(self.folder.rglob("*.part")))
-        return next((name for pattern, name in PHASE_NAMES if re.match(pattern, last)), f"after {last[:30]!r}") + writing
+        return (
+            next(
+                (name for pattern, name in PHASE_NAMES if re.match(pattern, last)),
+                f"after {last[:30]!r}",
+            )
+            + writing
+        )
 
     def wait_for(self, child, rng, length):
         """Until the moment to kill; what was waited for."""
@@ -77,7 +128,9 @@ class Chain:
                     seen |= {(p, p.stat().st_ino) for p in self.folder.glob("logs/soak/*.part")}
         else:
             word, delay = rng.choice(PHASES), rng.uniform(0, 0.3)
-            while child.poll() is None and not any(line.startswith(word) for line in self.lines()[begin:]):
+            while child.poll() is None and not any(
+                line.startswith(word) for line in self.lines()[begin:]
+            ):
                 time.sleep(0.005)
             time.sleep(delay)
         return how
@@ -85,13 +138,22 @@ class Chain:
     def kill(self, child, rng):
         """One kill; (signal, whom)."""
         number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
-        workers = [*map(int, subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split())]
+        workers = [
+            *map(
+                int,
+                subprocess.run(
+                    ["pgrep", "-P", str(child.pid)], capture_output=True, text=True
+                ).stdout.split(),
+            )
+        ]
         if workers and number == signal.SIGKILL and rng.random() < 0.5:
             os.kill(rng.choice(workers), number)
             child.wait(timeout=60)
             return number, "one rank"
         child.send_signal(number)
-        for worker in workers if number == signal.SIGKILL else ():  # they are sessions of their own and would go on without torchrun
+        for worker in (
+            workers if number == signal.SIGKILL else ()
+        ):  # they are sessions of their own and would go on without torchrun
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, number)
         child.wait(timeout=60)
@@ -99,20 +161,38 @@ class Chain:
 
     def results(self):
         """What must be the same: figures of every result, the artifact, the nats."""
-        rows = [json.loads(line) for line in (self.folder / "logs/soak/metrics.jsonl").read_text().splitlines()]
-        final = {r["label"]: [f"{r['val_loss']:.8f}", f"{r['val_bpb']:.8f}", r["causal"]] for r in rows if r["label"].startswith("final_")}
+        rows = [
+            json.loads(line)
+            for line in (self.folder / "logs/soak/metrics.jsonl").read_text().splitlines()
+        ]
+        final = {
+            r["label"]: [f"{r['val_loss']:.8f}", f"{r['val_bpb']:.8f}", r["causal"]]
+            for r in rows
+            if r["label"].startswith("final_")
+        }
         labels = [r["label"] for r in rows if r["label"].startswith(("final_", "eval_total"))]
         assert len(labels) == len(set(labels)) == 8, labels
-        files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (self.folder / "logs/soak").glob("*[.z][pn][tp][zy]")}
+        files = {
+            p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in (self.folder / "logs/soak").glob("*[.z][pn][tp][zy]")
+        }
         return final, files
 
     def check_files(self):
         """Only whole files, and no others than a run leaves."""
         names = {re.sub(r"\d{9}", "N", p.name) for p in (self.folder / "logs/soak").iterdir()}
-        assert names == {"metrics.jsonl", "checkpoint.N.ckpt", "final_model.ptz", *(f"nll_{e}.npy" for e in SETTINGS["EVALS"].split(","))}, names
+        assert names == {
+            "metrics.jsonl",
+            "checkpoint.N.ckpt",
+            "final_model.ptz",
+            *(f"nll_{e}.npy" for e in SETTINGS["EVALS"].split(",")),
+        }, names
         for path in (self.folder / "logs/soak").glob("*.ckpt"):
             t.unseal(bytearray(path.read_bytes()))
-        assert self.log.read_text().endswith("\n") and sum(line.startswith("eval_total") for line in self.lines()) == 1
+        assert (
+            self.log.read_text().endswith("\n")
+            and sum(line.startswith("eval_total") for line in self.lines()) == 1
+        )
 
 
 def run_whole(folder, ranks):
@@ -128,13 +208,23 @@ def checkpoint_cost(folder, steps, pairs, **settings):
     c = t.load_config({"PRESET": "demo", "DEVICE": "cpu", "RUN_ID": "cost", **settings})
     run, model = t.Run(c), t.GPT(c)
     run.folder, seconds = folder, np.zeros((pairs, 2))
-    optimizer, averages, feed = t.Optimizer(c, run, model), t.Averages(c, model.parameters()), t.TrainData(c, run).batches()
+    optimizer, averages, feed = (
+        t.Optimizer(c, run, model),
+        t.Averages(c, model.parameters()),
+        t.TrainData(c, run).batches(),
+    )
     for pair in range(-1, pairs):  # one to warm up
         for save in (pair % 2, 1 - pair % 2):
             began = time.perf_counter()
             for step in range(steps):
                 if save and step == steps // 2:
-                    run.save("checkpoint", pair + 1, t.training_state(model, optimizer, averages, torch.zeros(4, dtype=torch.double)))
+                    run.save(
+                        "checkpoint",
+                        pair + 1,
+                        t.training_state(
+                            model, optimizer, averages, torch.zeros(4, dtype=torch.double)
+                        ),
+                    )
                 t.train_step(c, run, model, optimizer, next(feed), step, 1.0)
                 averages.update(1.0)
             run.saving.result()
@@ -143,8 +233,14 @@ def checkpoint_cost(folder, steps, pairs, **settings):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cost", action="store_true", help="instead measure what a checkpoint every 50 steps costs the demo's training")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cost",
+        action="store_true",
+        help="instead measure what a checkpoint every 50 steps costs the demo's training",
+    )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="chains at a time")
@@ -154,9 +250,13 @@ def main(argv=None):
             seconds = checkpoint_cost(Path(folder), 50, 6)
             size = sum(p.stat().st_size for p in Path(folder).iterdir()) // 2
         for without, saving in seconds:
-            print(f"50 steps of the demo: without {without:.2f} s, with a checkpoint of {size} bytes {saving:.2f} s")
+            print(
+                f"50 steps of the demo: without {without:.2f} s, with a checkpoint of {size} bytes {saving:.2f} s"
+            )
         without, saving = seconds.sum(0)
-        print(f"all: checkpointing every 50 steps costs {100 * (saving / without - 1):.2f} % of training time")
+        print(
+            f"all: checkpointing every 50 steps costs {100 * (saving / without - 1):.2f} % of training time"
+        )
         return 0
     lock, total, phases, ended, failed = threading.Lock(), 0, collections.Counter(), 0, []
 
@@ -196,7 +296,11 @@ def main(argv=None):
     SETTINGS.update(make_tiny_data(folder / "data", 1000))
     whole = {ranks: run_whole(folder / f"whole{ranks}", ranks) for ranks in (1, 2)}
     for ranks, ((final, files), seconds) in whole.items():
-        print(f"undisturbed, ranks:{ranks} {seconds:.0f} s: " + " ".join(f"{label.removeprefix('final_')}:{row[0]}" for label, row in final.items()), flush=True)
+        print(
+            f"undisturbed, ranks:{ranks} {seconds:.0f} s: "
+            + " ".join(f"{label.removeprefix('final_')}:{row[0]}" for label, row in final.items()),
+            flush=True,
+        )
     with ThreadPoolExecutor(args.jobs) as pool:
         index, pending = 0, set()
         while total < args.kills and not failed:

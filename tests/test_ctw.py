@@ -1,4 +1,5 @@
 """Context tree weighting: equal to a sequential tree, causal, normalised, the same on any number of ranks."""
+
 import math
 
 import numpy as np
@@ -20,7 +21,9 @@ class Tree:
         return [tuple(context[:d]) for d in range(self.depth + 1)]
 
     def node(self, key):
-        return self.nodes.setdefault(key, dict(counts=[0] * self.V, block=0.0, weighted=0.0, children=0.0))
+        return self.nodes.setdefault(
+            key, dict(counts=[0] * self.V, block=0.0, weighted=0.0, children=0.0)
+        )
 
     def update(self, context, token):
         path, change = self.path(context), 0.0
@@ -30,7 +33,11 @@ class Tree:
             x["counts"][token] += 1
             x["children"] += change
             old = x["weighted"]
-            x["weighted"] = x["block"] if d == self.depth else np.logaddexp(x["block"], x["children"]) - math.log(2)
+            x["weighted"] = (
+                x["block"]
+                if d == self.depth
+                else np.logaddexp(x["block"], x["children"]) - math.log(2)
+            )
             change = x["weighted"] - old
 
     def predict(self, context):
@@ -40,9 +47,17 @@ class Tree:
         for token in range(self.V):
             change = 0.0
             for d in reversed(range(self.depth + 1)):
-                x = self.nodes.get(path[d], dict(counts=[0] * self.V, block=0.0, weighted=0.0, children=0.0))
-                block = x["block"] + math.log((x["counts"][token] + 0.5) / (sum(x["counts"]) + self.V / 2))
-                new = block if d == self.depth else np.logaddexp(block, x["children"] + change) - math.log(2)
+                x = self.nodes.get(
+                    path[d], dict(counts=[0] * self.V, block=0.0, weighted=0.0, children=0.0)
+                )
+                block = x["block"] + math.log(
+                    (x["counts"][token] + 0.5) / (sum(x["counts"]) + self.V / 2)
+                )
+                new = (
+                    block
+                    if d == self.depth
+                    else np.logaddexp(block, x["children"] + change) - math.log(2)
+                )
                 change = new - x["weighted"]
             out.append(math.exp(change))
         return np.array(out)
@@ -67,14 +82,20 @@ def test_equals_a_sequential_tree_at_every_chunk_boundary(V, depth, data):
         ours.learn(end)
         for i in range(end - chunk, end):
             tree.update(context[i], tokens[i + 1])
-        assert ours.levels[0]["weighted"][0].item() == pytest.approx(tree.nodes[()]["weighted"], abs=1e-9, rel=1e-12)
+        assert ours.levels[0]["weighted"][0].item() == pytest.approx(
+            tree.nodes[()]["weighted"], abs=1e-9, rel=1e-12
+        )
         for d, x in enumerate(ours.levels):
             for i in range(end):
                 node, other = x["node"][i], tree.nodes[tuple(context[i][:d])]
-                assert x["weighted"][node].item() == pytest.approx(other["weighted"], abs=1e-9, rel=1e-12)
+                assert x["weighted"][node].item() == pytest.approx(
+                    other["weighted"], abs=1e-9, rel=1e-12
+                )
         q = ours.probability(torch.arange(end, n))
         for i in range(end, n):
-            assert q[i - end].item() == pytest.approx(tree.predict(context[i])[tokens[i + 1]], abs=1e-9)
+            assert q[i - end].item() == pytest.approx(
+                tree.predict(context[i])[tokens[i + 1]], abs=1e-9
+            )
 
 
 def test_predictions_are_distributions_and_learn(stream):
@@ -93,7 +114,14 @@ def test_predictions_are_distributions_and_learn(stream):
 
 def test_the_mixture_is_the_formula(stream):
     """Log-probabilities by the definition, with each vector written out."""
-    c = config(VOCAB_SIZE="32", CTW_WEIGHT="0.4", CTW_ENTROPY_THRESHOLD="2.5", CTW_DEPTH="2", SLOT_ENABLED="0", TTT_CHUNK_TOKENS="64")
+    c = config(
+        VOCAB_SIZE="32",
+        CTW_WEIGHT="0.4",
+        CTW_ENTROPY_THRESHOLD="2.5",
+        CTW_DEPTH="2",
+        SLOT_ENABLED="0",
+        TTT_CHUNK_TOKENS="64",
+    )
     (run, val), model = stream(c, 256), random_model(c, scale=0.5)
     nats = t.score(run, model, val, [("ctw", c)])[0][0]
     plain = t.score(run, model, val, [("sliding_window", c)])[0][0]
@@ -101,9 +129,17 @@ def test_the_mixture_is_the_formula(stream):
     for i in range(256):
         start = 0 if i < 32 else (i - 32) // 8 * 8 + 8  # of the window that scores it
         with torch.no_grad():
-            p = model.cap(model.project(model.hidden(val.tokens[None, start:start + 32])))[0, i - start].double().softmax(-1)
+            p = (
+                model.cap(model.project(model.hidden(val.tokens[None, start : start + 32])))[
+                    0, i - start
+                ]
+                .double()
+                .softmax(-1)
+            )
         entropy = -(p * p.log()).sum().item()
-        first = 0 if i < 32 else start + 24  # first target of its window; its chunk decides what the tree knows
+        first = (
+            0 if i < 32 else start + 24
+        )  # first target of its window; its chunk decides what the tree knows
         end = first // 64 * 64
         if end and i == first and first % 64 < 8:
             for j in range(end - 64, end):
@@ -112,7 +148,9 @@ def test_the_mixture_is_the_formula(stream):
         q = tree.predict([tokens[i - d] if i >= d else 32 for d in range(2)])
         assert sum(q) == pytest.approx(1, abs=1e-9)
         mixed += w > 0
-        assert nats[i].item() == pytest.approx(-math.log((1 - w) * p[tokens[i + 1]].item() + w * q[tokens[i + 1]]), abs=2e-5), i
+        assert nats[i].item() == pytest.approx(
+            -math.log((1 - w) * p[tokens[i + 1]].item() + w * q[tokens[i + 1]]), abs=2e-5
+        ), i
     assert 20 < mixed < 230 and not torch.equal(nats, plain) and torch.equal(nats[:64], plain[:64])
 
 
@@ -137,8 +175,28 @@ def test_scores_are_the_same_on_any_number_of_ranks(tiny_data, tmp_path):
     assert process(env, tmp_path).returncode == 0
     found = []
     for ranks in (1, 2, 3):
-        done = process({**env, "RUN_ID": f"r{ranks}", "LOAD_ARTIFACT": str(tmp_path / "logs/made/final_model.ptz"), "EVALS": "ctw,ttt_ctw",
-                        "CTW_WEIGHT": "0.5", "CTW_ENTROPY_THRESHOLD": "1"}, tmp_path, ranks)
+        done = process(
+            {
+                **env,
+                "RUN_ID": f"r{ranks}",
+                "LOAD_ARTIFACT": str(tmp_path / "logs/made/final_model.ptz"),
+                "EVALS": "ctw,ttt_ctw",
+                "CTW_WEIGHT": "0.5",
+                "CTW_ENTROPY_THRESHOLD": "1",
+            },
+            tmp_path,
+            ranks,
+        )
         assert done.returncode == 0, done.stderr
-        found.append({k: v["val_loss"] for k, v in read_metrics(tmp_path / "logs" / f"r{ranks}").items() if k.startswith("final_")})
-    assert found[0] == pytest.approx(found[1], abs=1e-6) and found[0] == pytest.approx(found[2], abs=1e-6) and len(found[0]) == 2
+        found.append(
+            {
+                k: v["val_loss"]
+                for k, v in read_metrics(tmp_path / "logs" / f"r{ranks}").items()
+                if k.startswith("final_")
+            }
+        )
+    assert (
+        found[0] == pytest.approx(found[1], abs=1e-6)
+        and found[0] == pytest.approx(found[2], abs=1e-6)
+        and len(found[0]) == 2
+    )

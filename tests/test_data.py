@@ -1,4 +1,5 @@
 """Shards, the loader's order, and the byte counts, on the tiny data set and, where it is at hand, on the official tokenizer."""
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -16,19 +17,30 @@ def test_an_epoch_serves_every_sequence_once_and_never_the_held_out_text(tiny_da
     data = loader(tiny_data)
     whole, names = [np.array(s) for s in data.shards], [s.filename for s in data.shards]
     read, reads = np.fromfile, []
-    monkeypatch.setattr(np, "fromfile", lambda path, dtype, count, offset: reads.append((names.index(path), offset // 2 - 512)) or read(path, dtype, count, offset=offset))
+    monkeypatch.setattr(
+        np,
+        "fromfile",
+        lambda path, dtype, count, offset: (
+            reads.append((names.index(path), offset // 2 - 512))
+            or read(path, dtype, count, offset=offset)
+        ),
+    )
     n = sum(data.counts)
     for epoch in range(2):
         reads.clear()
         rows = [data.sequence(i) for i in range(epoch * n, (epoch + 1) * n)]
         starts = list(reads)
-        assert len(set(starts)) == n and all((row == whole[k][s:s + data.T + 1]).all() for row, (k, s) in zip(rows, starts))
+        assert len(set(starts)) == n and all(
+            (row == whole[k][s : s + data.T + 1]).all() for row, (k, s) in zip(rows, starts)
+        )
         for k, shard in enumerate(whole):
             mine = sorted(s for base, s in starts if base == k)
             assert np.diff(mine).min() >= data.T and mine[-1] + data.T < len(shard)
     monkeypatch.undo()
     assert len(data.held_out) % data.T == 1 and any(
-        (np.array(s)[-len(data.held_out):] == data.held_out).all() for s in t.open_split(data.c, "train"))
+        (np.array(s)[-len(data.held_out) :] == data.held_out).all()
+        for s in t.open_split(data.c, "train")
+    )
 
 
 def test_order_follows_the_seed_and_differs_between_epochs(tiny_data):
@@ -67,8 +79,16 @@ def test_damaged_shards_are_named_with_what_is_wrong(tmp_path):
     write_shard(path, [1, 5, 383])
     whole = path.read_bytes()
     assert t.open_shard(path, 384, True).tolist() == [1, 5, 383]
-    for wrong, word in ((whole[:-1], "bytes"), (whole + b"x", "bytes"), (whole[:1023], "header"), (b"", "header"), (b"\0" * 4 + whole[4:], "magic"),
-                        (whole[:4] + b"\2" + whole[5:], "version"), (whole[:8] + b"\0" * 4 + whole[12:1024], "0 tokens"), (whole[:8] + b"\xff" * 4 + whole[12:], "-1 tokens")):
+    for wrong, word in (
+        (whole[:-1], "bytes"),
+        (whole + b"x", "bytes"),
+        (whole[:1023], "header"),
+        (b"", "header"),
+        (b"\0" * 4 + whole[4:], "magic"),
+        (whole[:4] + b"\2" + whole[5:], "version"),
+        (whole[:8] + b"\0" * 4 + whole[12:1024], "0 tokens"),
+        (whole[:8] + b"\xff" * 4 + whole[12:], "-1 tokens"),
+    ):
         path.write_bytes(wrong)
         assert word in shard_problem(path)
     path.write_bytes(whole)
@@ -91,11 +111,20 @@ def test_ids_are_checked_again_as_they_are_read(tiny_data):
         data.load(0)
 
 
-@pytest.mark.parametrize("changes,word", [
-    (dict(DATA_PATH="/nowhere"), "DATA_PATH=/nowhere: no fineweb_"), (dict(TOKENIZER_PATH="/nowhere.model"), "TOKENIZER_PATH=/nowhere.model: no such file"),
-    (dict(TOKENIZER_PATH=__file__), "not a SentencePiece model"), (dict(VOCAB_SIZE="385"), "has 384 pieces, VOCAB_SIZE=385"),
-    (dict(EVAL_SEQ_LEN="1024", VAL_BATCH_SIZE="1024", TTT_CHUNK_TOKENS="1024"), "EVAL_SEQ_LEN=1024"),
-    (dict(TRAIN_SEQ_LEN="65536", TRAIN_BATCH_TOKENS="65536"), "TRAIN_SEQ_LEN=65536")])
+@pytest.mark.parametrize(
+    "changes,word",
+    [
+        (dict(DATA_PATH="/nowhere"), "DATA_PATH=/nowhere: no fineweb_"),
+        (dict(TOKENIZER_PATH="/nowhere.model"), "TOKENIZER_PATH=/nowhere.model: no such file"),
+        (dict(TOKENIZER_PATH=__file__), "not a SentencePiece model"),
+        (dict(VOCAB_SIZE="385"), "has 384 pieces, VOCAB_SIZE=385"),
+        (
+            dict(EVAL_SEQ_LEN="1024", VAL_BATCH_SIZE="1024", TTT_CHUNK_TOKENS="1024"),
+            "EVAL_SEQ_LEN=1024",
+        ),
+        (dict(TRAIN_SEQ_LEN="65536", TRAIN_BATCH_TOKENS="65536"), "TRAIN_SEQ_LEN=65536"),
+    ],
+)
 def test_data_that_does_not_fit_is_refused_by_name(changes, word, tiny_data):
     c = config(tiny_data, **changes)
     with pytest.raises(t.BadInput, match=".*".join(word.split("*"))):
@@ -114,26 +143,43 @@ def counted(counts, ids):
     return int(counts.count(ids[:-1], ids[1:]).sum(dtype=np.int64))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(texts=st.lists(st.text(max_size=60), min_size=1, max_size=4))
 def test_bytes_of_a_stream_are_the_bytes_of_its_text(texts, tiny_data):
     sp = sentencepiece.SentencePieceProcessor(model_file=tiny_data["TOKENIZER_PATH"])
     counts = t.ByteCounts(tiny_data["TOKENIZER_PATH"], 384)
     ids = [i for text in texts for i in [1, *sp.encode(text)]]
-    assert counted(counts, [1, *ids]) == sum(len(sp.decode(sp.encode(text)).encode()) for text in texts)
+    assert counted(counts, [1, *ids]) == sum(
+        len(sp.decode(sp.encode(text)).encode()) for text in texts
+    )
 
 
-@pytest.mark.skipif(not (PARITY / "fineweb_1024_bpe.model").exists(), reason="the official tokenizer is not part of the repository")
+@pytest.mark.skipif(
+    not (PARITY / "fineweb_1024_bpe.model").exists(),
+    reason="the official tokenizer is not part of the repository",
+)
 def test_bytes_with_the_official_tokenizer_and_text():
     path = PARITY / "fineweb_1024_bpe.model"
-    sp, counts = sentencepiece.SentencePieceProcessor(model_file=str(path)), t.ByteCounts(path, 1024)
+    sp, counts = (
+        sentencepiece.SentencePieceProcessor(model_file=str(path)),
+        t.ByteCounts(path, 1024),
+    )
     ids = np.array(t.open_shard(PARITY / "fineweb_val_head_sp1024.bin", 1024, True)[:200_000])
     docs = np.split(ids, np.flatnonzero(ids == 1))[1:-1]
-    assert counted(counts, np.concatenate([[1], *docs])) == sum(len(sp.decode(d[1:].tolist()).encode()) for d in docs)
+    assert counted(counts, np.concatenate([[1], *docs])) == sum(
+        len(sp.decode(d[1:].tolist()).encode()) for d in docs
+    )
     assert (counts.size[3], counts.size[1], counts.size[4]) == (0, 0, 1)
 
 
 def test_validation_stream_is_cut_to_whole_windows_and_says_so(tiny_data):
     c = config(tiny_data)
     val = t.ValData(c, t.Run(c))
-    assert (val.n, val.dropped, len(val.tokens), len(val.bytes)) == (576, 24, 577, 576) and val.total_bytes == val.bytes.sum(dtype=int)
+    assert (val.n, val.dropped, len(val.tokens), len(val.bytes)) == (
+        576,
+        24,
+        577,
+        576,
+    ) and val.total_bytes == val.bytes.sum(dtype=int)

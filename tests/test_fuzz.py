@@ -1,4 +1,5 @@
 """Thousands of damaged and hostile artifacts, checkpoints and shards: each is refused in words, quickly, with little memory."""
+
 import hashlib
 import io
 import json
@@ -28,23 +29,27 @@ def mutate(data, rng):
     if kind == 0:
         data[at] ^= 1 << rng.randrange(8)
     elif kind == 1:
-        data[at:at + n] = rng.randbytes(n)
+        data[at : at + n] = rng.randbytes(n)
     elif kind == 2:
-        del data[at:at + n]
+        del data[at : at + n]
     elif kind == 3:
-        data[at:at] = data[max(0, at - n):at] or b"\0"
+        data[at:at] = data[max(0, at - n) : at] or b"\0"
     elif kind == 4:
         del data[at:]
     elif kind == 5:
         data += rng.randbytes(n)
     else:
-        data[at:at + n] = rng.choice((b"\xff", b"\0", b"9", b"]")) * len(data[at:at + n])
+        data[at : at + n] = rng.choice((b"\xff", b"\0", b"9", b"]")) * len(data[at : at + n])
     return bytes(data)
 
 
 def resealed(raw, packed):
     """A file with a right checksum over these raw bytes."""
-    body = lzma.compress(raw, lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=t.LZMA_FILTERS) if packed else raw
+    body = (
+        lzma.compress(raw, lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=t.LZMA_FILTERS)
+        if packed
+        else raw
+    )
     return t.MAGIC + hashlib.sha256(body).digest() + body
 
 
@@ -67,13 +72,19 @@ def whole():
     model = random_model(c)
     run = t.Run(c)
     counters = torch.tensor([3.0, 1.0, 0.0, 0.0], dtype=torch.double)
-    tensors = t.training_state(model, t.Optimizer(c, run, model), t.Averages(c, model.parameters()), counters)
+    tensors = t.training_state(
+        model, t.Optimizer(c, run, model), t.Averages(c, model.parameters()), counters
+    )
     parts = t.seal({"settings": run.settings}, {n: x.detach() for n, x in tensors.items()})
     return c, t.Quantizer(c, model.state_dict()).pack(0.0)[0], b"".join(bytes(p) for p in parts)
 
 
 def load_artifact(path):
-    env = {name: value for name, value in TINY.items() if name not in (*t.MODEL_SETTINGS, "TRAIN_BATCH_TOKENS")}  # those are the file's
+    env = {
+        name: value
+        for name, value in TINY.items()
+        if name not in (*t.MODEL_SETTINGS, "TRAIN_BATCH_TOKENS")
+    }  # those are the file's
     c, state = t.read_artifact(t.load_config({**env, "LOAD_ARTIFACT": str(path)}))
     t.load_state(t.GPT(c), state, f"LOAD_ARTIFACT={path}")
 
@@ -82,8 +93,13 @@ def load_checkpoint(folder):
     """What RESUME=1 does with the checkpoint in a folder."""
     c = config(RUN_ID="fuzz")
     run, model = t.Run(c), t.GPT(c)
-    run.folder, run.settings = folder, {k: v for k, v in json.loads(json.dumps(run.settings)).items()}
-    return t.resume_training(run, model, t.Optimizer(c, run, model), t.Averages(c, model.parameters()))
+    run.folder, run.settings = (
+        folder,
+        {k: v for k, v in json.loads(json.dumps(run.settings)).items()},
+    )
+    return t.resume_training(
+        run, model, t.Optimizer(c, run, model), t.Averages(c, model.parameters())
+    )
 
 
 def test_mutated_artifacts_are_refused_in_words(whole, tmp_path):
@@ -98,7 +114,9 @@ def test_mutated_artifacts_are_refused_in_words(whole, tmp_path):
             continue
         path.write_bytes(data)
         error, size = peak(lambda: load_artifact(path))
-        assert isinstance(error, t.BadInput) and str(path) in str(error) and "\n" not in str(error), (k, error)
+        assert (
+            isinstance(error, t.BadInput) and str(path) in str(error) and "\n" not in str(error)
+        ), (k, error)
         assert size <= 2 * honest + 2**16, (k, size, honest)
 
 
@@ -115,7 +133,9 @@ def test_mutations_under_a_right_checksum_are_refused_or_are_an_artifact(whole, 
         assert error is None or isinstance(error, t.BadInput), (k, error)
         assert size <= 2 * honest + 2**16, (k, size, honest)
         if error is None:
-            changed, header = (json.loads(x[4:4 + int.from_bytes(x[:4], "little")]) for x in (head, raw))
+            changed, header = (
+                json.loads(x[4 : 4 + int.from_bytes(x[:4], "little")]) for x in (head, raw)
+            )
             assert [row[1:] for row in changed["tensors"]] == [row[1:] for row in header["tensors"]]
 
 
@@ -131,9 +151,14 @@ def test_mutated_checkpoints_are_refused_in_words(whole, tmp_path):
             continue
         path.write_bytes(data)
         error, size = peak(lambda: load_checkpoint(tmp_path))
-        assert isinstance(error, t.BadInput) and "no checkpoint of it is whole" in str(error), (k, error)
+        assert isinstance(error, t.BadInput) and "no checkpoint of it is whole" in str(error), (
+            k,
+            error,
+        )
         assert size <= 2 * honest + 2**16, (k, size, honest)
-    for k in range(2 * MUTATIONS // 9):  # most of them in the header, which says how the rest is read
+    for k in range(
+        2 * MUTATIONS // 9
+    ):  # most of them in the header, which says how the rest is read
         raw = bytearray(checkpoint[40:])
         start = 4 + int.from_bytes(raw[:4], "little")
         path.write_bytes(resealed(mutate(bytes(raw[:start]), rng) + bytes(raw[start:]), False))
@@ -157,7 +182,12 @@ def test_mutated_shards_are_refused_in_words(tmp_path):
             assert str(path) in str(found)
         else:
             tokens = np.frombuffer(data[1024:], "<u2")
-            assert len(data) == len(whole) and data[:12] == whole[:12] and tokens.max() < 384 and (found == tokens).all(), (k, found)
+            assert (
+                len(data) == len(whole)
+                and data[:12] == whole[:12]
+                and tokens.max() < 384
+                and (found == tokens).all()
+            ), (k, found)
         assert size < 2**17
     assert refused > MUTATIONS / 6
 
@@ -178,21 +208,50 @@ def test_every_single_bit_of_an_artifact_is_guarded(whole):
     assert t.unpack(data)[1] == t.unpack(artifact)[1]
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=8),
-                    lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=8), x, max_size=4), max_leaves=12)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=8), x, max_size=4),
+    max_leaves=12,
+)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(header=st.fixed_dictionaries({}, optional=dict(
-    model=JSON | st.fixed_dictionaries({}, optional=dict(NUM_LAYERS=st.integers(-1, 10**6) | JSON, MODEL_DIM=st.integers(-1, 2**40) | JSON, VE_LAYERS=JSON)),
-    quantisation=JSON,
-    tensors=JSON | st.lists(st.tuples(st.text(max_size=8) | st.just("tok_emb.weight"), st.sampled_from(["int8", "float16", "float32"]) | JSON,
-                                      st.lists(st.integers(-3, 2**62), max_size=4) | JSON), max_size=4))),
-       size=st.integers(-5, 5), payload=st.binary(max_size=64))
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    header=st.fixed_dictionaries(
+        {},
+        optional=dict(
+            model=JSON
+            | st.fixed_dictionaries(
+                {},
+                optional=dict(
+                    NUM_LAYERS=st.integers(-1, 10**6) | JSON,
+                    MODEL_DIM=st.integers(-1, 2**40) | JSON,
+                    VE_LAYERS=JSON,
+                ),
+            ),
+            quantisation=JSON,
+            tensors=JSON
+            | st.lists(
+                st.tuples(
+                    st.text(max_size=8) | st.just("tok_emb.weight"),
+                    st.sampled_from(["int8", "float16", "float32"]) | JSON,
+                    st.lists(st.integers(-3, 2**62), max_size=4) | JSON,
+                ),
+                max_size=4,
+            ),
+        ),
+    ),
+    size=st.integers(-5, 5),
+    payload=st.binary(max_size=64),
+)
 def test_any_header_gives_a_clean_error(header, size, payload, tmp_path):
     text = json.dumps(header).encode()
     path = tmp_path / "a.ptz"
-    path.write_bytes(resealed(max(0, len(text) + size).to_bytes(4, "little") + text + payload, True))
+    path.write_bytes(
+        resealed(max(0, len(text) + size).to_bytes(4, "little") + text + payload, True)
+    )
     error, memory = peak(lambda: load_artifact(path))
     assert isinstance(error, t.BadInput) and memory < DICTIONARY + 2**21, (header, error, memory)
 
@@ -204,22 +263,43 @@ def test_a_bomb_is_not_unpacked(tmp_path):
     path.write_bytes(t.MAGIC + hashlib.sha256(body).digest() + body)
     assert len(body) < 2**16
     error, size = peak(lambda: load_artifact(path))
-    assert isinstance(error, t.BadInput) and "grows over 64 times" in str(error) and size < 2 * 2**25 + DICTIONARY + 2**20
+    assert (
+        isinstance(error, t.BadInput)
+        and "grows over 64 times" in str(error)
+        and size < 2 * 2**25 + DICTIONARY + 2**20
+    )
 
 
 def test_small_files_of_large_tensors_are_refused(whole, tmp_path):
     """Steps that would make an outer product, codes of more levels than they hold, and the lineage's format with one number many times."""
     path, n = tmp_path / "a.ptz", 60_000
     steps = {name: torch.zeros(n, dtype=torch.int8) for name in ("rows", "columns")}
-    coded = dict(codes=torch.zeros(100, dtype=torch.uint8), spreads=torch.zeros(2 * n, dtype=torch.int8), table=torch.zeros(64, 1023, dtype=torch.int16))
-    for more, words in ((dict(levels=torch.zeros(9, dtype=torch.int8)), "split"), (coded, "more levels than codes can hold")):
-        path.write_bytes(b"".join(bytes(x) for x in t.seal({"model": {}, "step": 1.0, "matrices": [["a", [n, n]]]}, {**steps, **more},
-                                                           lambda raw: lzma.compress(raw, lzma.FORMAT_XZ, lzma.CHECK_NONE))))
+    coded = dict(
+        codes=torch.zeros(100, dtype=torch.uint8),
+        spreads=torch.zeros(2 * n, dtype=torch.int8),
+        table=torch.zeros(64, 1023, dtype=torch.int16),
+    )
+    for more, words in (
+        (dict(levels=torch.zeros(9, dtype=torch.int8)), "split"),
+        (coded, "more levels than codes can hold"),
+    ):
+        path.write_bytes(
+            b"".join(
+                bytes(x)
+                for x in t.seal(
+                    {"model": {}, "step": 1.0, "matrices": [["a", [n, n]]]},
+                    {**steps, **more},
+                    lambda raw: lzma.compress(raw, lzma.FORMAT_XZ, lzma.CHECK_NONE),
+                )
+            )
+        )
         before = int(Path("/proc/self/statm").read_text().split()[1])
         assert isinstance(peak(lambda: load_artifact(path))[0], t.BadInput)
         with pytest.raises((RuntimeError, ValueError), match=words):
             t.unpack(path.read_bytes())
-        assert (int(Path("/proc/self/statm").read_text().split()[1]) - before) * os.sysconf("SC_PAGE_SIZE") < 2**27
+        assert (int(Path("/proc/self/statm").read_text().split()[1]) - before) * os.sysconf(
+            "SC_PAGE_SIZE"
+        ) < 2**27
     buffer = io.BytesIO()
     torch.save({"w": {"a": torch.zeros(1).expand(10**9)}, "m": {}}, buffer)
     path.write_bytes(lzma.compress(buffer.getvalue()))
@@ -230,7 +310,10 @@ def test_small_files_of_large_tensors_are_refused(whole, tmp_path):
 def test_an_artifact_of_a_large_and_empty_table_can_be_read_back():
     c = config(BIGRAM_VOCAB_SIZE="1000000")
     artifact = t.Quantizer(c, t.GPT(c).state_dict()).pack(0.0)[0]
-    assert len(artifact) < 100_000 and t.unpack(artifact)[0]["bigram.embed.weight"].shape == (1_000_000, 8)
+    assert len(artifact) < 100_000 and t.unpack(artifact)[0]["bigram.embed.weight"].shape == (
+        1_000_000,
+        8,
+    )
 
 
 def test_sizes_that_a_file_only_claims_are_not_allocated(whole, tmp_path):
@@ -245,5 +328,10 @@ def test_sizes_that_a_file_only_claims_are_not_allocated(whole, tmp_path):
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     error, size = peak(lambda: load_artifact(path))
     after = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    assert isinstance(error, t.BadInput) and "does not fit" in str(error) and size < 2**24 and after - before < 2**28
+    assert (
+        isinstance(error, t.BadInput)
+        and "does not fit" in str(error)
+        and size < 2**24
+        and after - before < 2**28
+    )
     assert math.isfinite(torch.zeros(1).item())

@@ -1,4 +1,5 @@
 """The model against a plain reading of its formulas, its parameters, and its causality."""
+
 import dataclasses
 import math
 
@@ -10,6 +11,7 @@ from conftest import config, random_model, t
 
 def plain_logits(c, p, ids):
     """Logits [T,V] of one sequence, straight from the formulas of #549/#1084: matrix by matrix, head by head."""
+
     def norm(x):
         return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
 
@@ -34,11 +36,16 @@ def plain_logits(c, p, ids):
     x0, skips, v_first = x, [], None
     order = [(i, 0) for i in range(L)]
     if c.recur_layers:
-        order[max(c.recur_layers) + 1:max(c.recur_layers) + 1] = [(i, 1) for i in c.recur_layers]
+        order[max(c.recur_layers) + 1 : max(c.recur_layers) + 1] = [(i, 1) for i in c.recur_layers]
     for i, again in order:
-        mix, attn_scale, mlp_scale = (p[f"blocks.{i}.{n}"][again] if i in c.recur_layers else p[f"blocks.{i}.{n}"]
-                                      for n in ("resid_mix", "attn_scale", "mlp_scale"))
-        w = {k: p[f"blocks.{i}.{k}.weight"] for k in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")}
+        mix, attn_scale, mlp_scale = (
+            p[f"blocks.{i}.{n}"][again] if i in c.recur_layers else p[f"blocks.{i}.{n}"]
+            for n in ("resid_mix", "attn_scale", "mlp_scale")
+        )
+        w = {
+            k: p[f"blocks.{i}.{k}.weight"]
+            for k in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
+        }
         if i >= L // 2 and skips and not again:
             x = x + p["skip_weights"][i - L // 2] * skips.pop()
         x = mix[0] * x + mix[1] * x0
@@ -46,23 +53,44 @@ def plain_logits(c, p, ids):
         h = norm(x) * s
         v = h @ w["attn.c_v"].T
         if c.ve_enabled and i in c.ve_layers:
-            extra = p["ve_shared.embed.weight"][ids] @ p["ve_shared.proj.weight"].T * p["ve_shared.scale"]
+            extra = (
+                p["ve_shared.embed.weight"][ids]
+                @ p["ve_shared.proj.weight"].T
+                * p["ve_shared.scale"]
+            )
             v = v + extra * p[f"ve_layer_scales.{c.ve_layers.index(i)}"]
         v_first = v if v_first is None else v_first
         if c.vrl_enabled and i:
             gate = torch.sigmoid(p[f"blocks.{i}.attn.vrl_gate"])
             v = (1 - gate) * v + gate * v_first
         if c.value_residual:
-            v = p[f"blocks.{i}.attn.vr_lambda"][0] * v_first + p[f"blocks.{i}.attn.vr_lambda"][1] * v
+            v = (
+                p[f"blocks.{i}.attn.vr_lambda"][0] * v_first
+                + p[f"blocks.{i}.attn.vr_lambda"][1] * v
+            )
         heads = []
         for j in range(c.num_heads):
-            kv = slice(j // (c.num_heads // c.num_kv_heads) * d, (j // (c.num_heads // c.num_kv_heads) + 1) * d)
-            q = angle(norm((h @ w["attn.c_q"].T)[:, j * d:(j + 1) * d])) * p[f"blocks.{i}.attn.q_gain"][j]
+            kv = slice(
+                j // (c.num_heads // c.num_kv_heads) * d,
+                (j // (c.num_heads // c.num_kv_heads) + 1) * d,
+            )
+            q = (
+                angle(norm((h @ w["attn.c_q"].T)[:, j * d : (j + 1) * d]))
+                * p[f"blocks.{i}.attn.q_gain"][j]
+            )
             k, own = angle(norm((h @ w["attn.c_k"].T)[:, kv])), v[:, kv]
-            a = (q @ k.T / math.sqrt(d)).masked_fill(torch.triu(torch.ones(T, T, dtype=torch.bool), 1), -math.inf)
+            a = (q @ k.T / math.sqrt(d)).masked_fill(
+                torch.triu(torch.ones(T, T, dtype=torch.bool), 1), -math.inf
+            )
             y = a.softmax(-1) @ own
             if c.gated_attention:
-                y = y * torch.sigmoid(h @ p[f"blocks.{i}.attn.attn_gate.weight"][j] + p[f"blocks.{i}.attn.attn_gate.bias"][j])[:, None]
+                y = (
+                    y
+                    * torch.sigmoid(
+                        h @ p[f"blocks.{i}.attn.attn_gate.weight"][j]
+                        + p[f"blocks.{i}.attn.attn_gate.bias"][j]
+                    )[:, None]
+                )
             if i >= L - c.xsa_last_n:
                 unit = own / own.norm(dim=-1, keepdim=True)
                 y = y - (y * unit).sum(-1, keepdim=True) * unit
@@ -75,11 +103,33 @@ def plain_logits(c, p, ids):
     return norm(x) @ p["tok_emb.weight" if c.tie_embeddings else "lm_head.weight"].T
 
 
-@pytest.mark.parametrize("changes", [{}, dict(NUM_LAYERS="4", XSA_LAST_N="4"), dict(ROPE_DIMS="0"), dict(ROPE_TRAIN_LEN="8"), dict(LN_SCALE="0"),
-                                     dict(BIGRAM_VOCAB_SIZE="0"), dict(VE_ENABLED="0"), dict(TIE_EMBEDDINGS="0"), dict(NUM_KV_HEADS="4"),
-                                     dict(NUM_LAYERS="1", VE_LAYERS="0"), dict(VRL_ENABLED="1"), dict(VALUE_RESIDUAL="1"),
-                                     dict(GATED_ATTENTION="1"), dict(RECUR_LAYERS="1", RECUR_START="0"),
-                                     dict(NUM_LAYERS="5", RECUR_LAYERS="1,3", RECUR_START="0", VRL_ENABLED="1", GATED_ATTENTION="1", XSA_LAST_N="5")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(NUM_LAYERS="4", XSA_LAST_N="4"),
+        dict(ROPE_DIMS="0"),
+        dict(ROPE_TRAIN_LEN="8"),
+        dict(LN_SCALE="0"),
+        dict(BIGRAM_VOCAB_SIZE="0"),
+        dict(VE_ENABLED="0"),
+        dict(TIE_EMBEDDINGS="0"),
+        dict(NUM_KV_HEADS="4"),
+        dict(NUM_LAYERS="1", VE_LAYERS="0"),
+        dict(VRL_ENABLED="1"),
+        dict(VALUE_RESIDUAL="1"),
+        dict(GATED_ATTENTION="1"),
+        dict(RECUR_LAYERS="1", RECUR_START="0"),
+        dict(
+            NUM_LAYERS="5",
+            RECUR_LAYERS="1,3",
+            RECUR_START="0",
+            VRL_ENABLED="1",
+            GATED_ATTENTION="1",
+            XSA_LAST_N="5",
+        ),
+    ],
+)
 def test_model_is_the_formulas(changes):
     c = config(**changes)
     model = random_model(c).double()
@@ -92,16 +142,30 @@ def test_model_is_the_formulas(changes):
         state = t.split_banks(model.state_dict(), c.num_layers)
         plain = torch.stack([plain_logits(c, state, row.tolist()) for row in ids])
         torch.testing.assert_close(ours.double(), plain, rtol=1e-5, atol=1e-5)
-        loss = F.cross_entropy((c.logit_softcap * torch.tanh(plain / c.logit_softcap)).flatten(0, 1), ids.flatten())
+        loss = F.cross_entropy(
+            (c.logit_softcap * torch.tanh(plain / c.logit_softcap)).flatten(0, 1), ids.flatten()
+        )
         assert model(ids, ids).item() == pytest.approx(loss.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(XSA_LAST_N="0"), dict(NUM_KV_HEADS="4"), dict(VRL_ENABLED="1", GATED_ATTENTION="1"), dict(NUM_LAYERS="1", VE_LAYERS="0"),
-                                     dict(RECUR_LAYERS="2", RECUR_START="0")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(XSA_LAST_N="0"),
+        dict(NUM_KV_HEADS="4"),
+        dict(VRL_ENABLED="1", GATED_ATTENTION="1"),
+        dict(NUM_LAYERS="1", VE_LAYERS="0"),
+        dict(RECUR_LAYERS="2", RECUR_START="0"),
+    ],
+)
 @pytest.mark.parametrize("tail", [1, 8, 24])
 def test_the_last_rows_alone_are_those_of_all(tail, changes):
     c = config(**changes)
-    model, ids = random_model(c), torch.randint(0, c.vocab_size, (3, 24), generator=torch.Generator().manual_seed(1))
+    model, ids = (
+        random_model(c),
+        torch.randint(0, c.vocab_size, (3, 24), generator=torch.Generator().manual_seed(1)),
+    )
     with torch.no_grad():
         whole, some = model.hidden(ids), model.hidden(ids, tail)
     assert some.shape == (3, tail, c.model_dim)
@@ -114,7 +178,13 @@ def test_only_scored_rows_meet_the_last_block(stream, monkeypatch):
     (run, val), model, asked = stream(c, 128), random_model(c), []
     hidden = model.hidden
     model.hidden = lambda ids, tail=None: asked.append(tail) or hidden(ids, tail)
-    for label, loss, usual in (("sliding_window", "all", 8), ("slot", "all", 32), ("slot", "context", 32), ("slot", "scored", 8), ("slot", "past", 8)):
+    for label, loss, usual in (
+        ("sliding_window", "all", 8),
+        ("slot", "all", 32),
+        ("slot", "context", 32),
+        ("slot", "scored", 8),
+        ("slot", "past", 8),
+    ):
         asked.clear()
         t.score(run, model, val, [(label, dataclasses.replace(c, slot_loss=loss))])
         assert asked[0] == 32 and set(asked[1:]) == {usual}, (label, loss)
@@ -122,13 +192,18 @@ def test_only_scored_rows_meet_the_last_block(stream, monkeypatch):
 
 def test_the_kernel_that_attention_takes_is_named():
     c = config()
-    assert t.attention_kernel("sdpa", c, t.Run(c)) == "sdpa_flash" and t.attention_kernel("fa3", c, None) == "fa3"
+    assert (
+        t.attention_kernel("sdpa", c, t.Run(c)) == "sdpa_flash"
+        and t.attention_kernel("fa3", c, None) == "fa3"
+    )
 
 
 def test_record_model_has_the_published_number_of_parameters_and_rope_base():
     model = t.GPT(t.load_config({}))
     assert sum(p.numel() for p in model.parameters()) == 26_928_220
-    step = torch.atan2(model.sin[1, 0, 1].double(), model.cos[1, 0, 1].double())  # base ** (-2/16) radians a position
+    step = torch.atan2(
+        model.sin[1, 0, 1].double(), model.cos[1, 0, 1].double()
+    )  # base ** (-2/16) radians a position
     assert (1 / step.item()) ** 8 == pytest.approx(22082, rel=1e-4)
 
 
@@ -148,14 +223,24 @@ def test_every_parameter_has_one_rule_and_its_initial_value():
             assert (p[..., 0, :] == 1).all() and (p[..., 1, :] == 0).all()
         else:
             assert (p == float(rule.split()[1] if " " in rule else c.qk_gain_init)).all()
-        assert kind in ("int6", "int8", "fp16", "fp32") and group in ("muon", "embed", "head", "scalar")
+        assert kind in ("int6", "int8", "fp16", "fp32") and group in (
+            "muon",
+            "embed",
+            "head",
+            "scalar",
+        )
     for unknown in ("blocks.0.attn.new_gate", "tok_emb.bias"):
         with pytest.raises(t.Fault, match="fits 0 rows"):
             t.parameter_rule(unknown)
 
 
 def test_every_parameter_is_optimised_once_and_gets_a_gradient():
-    for changes in (dict(TIE_EMBEDDINGS="0"), dict(VRL_ENABLED="1", GATED_ATTENTION="1", RECUR_LAYERS="1"), dict(VALUE_RESIDUAL="1"), {}):
+    for changes in (
+        dict(TIE_EMBEDDINGS="0"),
+        dict(VRL_ENABLED="1", GATED_ATTENTION="1", RECUR_LAYERS="1"),
+        dict(VALUE_RESIDUAL="1"),
+        {},
+    ):
         c = config(**changes)
         model, run = random_model(c), t.Run(c)
         optimizer = t.Optimizer(c, run, model)
@@ -163,7 +248,9 @@ def test_every_parameter_is_optimised_once_and_gets_a_gradient():
         assert sorted(held) == sorted(id(p) for p in model.parameters())
         ids = torch.randint(0, c.vocab_size, (4, 33), generator=torch.Generator().manual_seed(1))
         model(ids[:, :-1], ids[:, 1:]).backward()
-        for name, p in t.split_banks({n: p.grad for n, p in model.named_parameters()}, c.num_layers).items():
+        for name, p in t.split_banks(
+            {n: p.grad for n, p in model.named_parameters()}, c.num_layers
+        ).items():
             assert p.abs().max() > 0, name
     model.smear.gate.grad = None
     with pytest.raises(t.Fault, match=r"no gradient for parameters of shapes \[\(32,\)\]"):
@@ -173,9 +260,15 @@ def test_every_parameter_is_optimised_once_and_gets_a_gradient():
 def test_recurrence_starts_where_it_is_told_from_equal_vectors():
     """Before it starts the model is that without; then layers 1 and 2 run twice, first with the first pass's vectors."""
     c = config(RECUR_LAYERS="1,2", RECUR_START="5")
-    model, ids = random_model(c), torch.randint(0, c.vocab_size, (2, 32), generator=torch.Generator().manual_seed(3))
+    model, ids = (
+        random_model(c),
+        torch.randint(0, c.vocab_size, (2, 32), generator=torch.Generator().manual_seed(3)),
+    )
     plain = random_model(config())
-    state = {n: p[0] if p.ndim > q.ndim else p for (n, p), q in zip(model.state_dict().items(), plain.state_dict().values())}
+    state = {
+        n: p[0] if p.ndim > q.ndim else p
+        for (n, p), q in zip(model.state_dict().items(), plain.state_dict().values())
+    }
     plain.load_state_dict(state)
     with torch.no_grad():
         torch.testing.assert_close(model.hidden(ids), plain.hidden(ids), rtol=0, atol=0)
@@ -195,19 +288,30 @@ def test_hidden_states_before_a_changed_token_are_bit_identical():
             changed = ids.clone()
             changed[1, at] = (changed[1, at] + 7) % c.vocab_size
             after = model.hidden(changed)
-            assert torch.equal(before[1, :at], after[1, :at]) and torch.equal(before[::2], after[::2])
+            assert torch.equal(before[1, :at], after[1, :at]) and torch.equal(
+                before[::2], after[::2]
+            )
             assert not torch.equal(before[1, at], after[1, at])
 
 
 def test_initial_weights_follow_the_seed():
     a, b, other = (t.GPT(config(SEED=s)).state_dict() for s in "778")
-    assert all(torch.equal(a[n], b[n]) for n in a) and not torch.equal(a["qo_bank"], other["qo_bank"])
+    assert all(torch.equal(a[n], b[n]) for n in a) and not torch.equal(
+        a["qo_bank"], other["qo_bank"]
+    )
 
 
 def test_compute_dtype_is_cast_where_used_and_weights_stay_fp32():
     c = config()
     model = t.GPT(c, torch.bfloat16)
     ids = torch.randint(0, c.vocab_size, (2, 32))
-    assert model.hidden(ids).dtype == torch.bfloat16 and model.project(model.hidden(ids)).dtype == torch.float32
+    assert (
+        model.hidden(ids).dtype == torch.bfloat16
+        and model.project(model.hidden(ids)).dtype == torch.float32
+    )
     model(ids, ids).backward()
-    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    assert (
+        {p.dtype for p in model.parameters()}
+        == {p.grad.dtype for p in model.parameters()}
+        == {torch.float32}
+    )

@@ -1,4 +1,5 @@
 """data/prepare.py: exact round trips, whole files or none, resuming, and one clear line for bad input."""
+
 import errno
 import hashlib
 import importlib
@@ -37,14 +38,25 @@ def refused(capsys, *argv, fetch=None):
 
 
 def hashes(folder):
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 def documents_of(folder, split, sp):
     """The documents of a split, decoded."""
-    ids = np.concatenate([train_gpt.open_shard(p, sp.vocab_size(), True) for p in sorted(folder.glob(f"fineweb_{split}_*.bin"))])
+    ids = np.concatenate(
+        [
+            train_gpt.open_shard(p, sp.vocab_size(), True)
+            for p in sorted(folder.glob(f"fineweb_{split}_*.bin"))
+        ]
+    )
     assert ids[0] == sp.bos_id()
-    return [sp.decode(d[1:].tolist()) for d in np.split(ids, np.flatnonzero(ids == sp.bos_id())[1:])]
+    return [
+        sp.decode(d[1:].tolist()) for d in np.split(ids, np.flatnonzero(ids == sp.bos_id())[1:])
+    ]
 
 
 def byte_count(path, model, vocab_size=1024):
@@ -80,14 +92,26 @@ def test_demo_is_deterministic_lossless_and_kept(tmp_path, library, capsys):
 
     model, folder = one / "tokenizers" / "demo_1024_bpe.model", one / "datasets" / "demo_sp1024"
     sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    assert [sp.id_to_piece(i) for i in range(5)] == ["<pad>", "<s>", "</s>", "<unk>", "<0x00>"] and sp.vocab_size() == 1024
+    assert [sp.id_to_piece(i) for i in range(5)] == [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<0x00>",
+    ] and sp.vocab_size() == 1024
     texts = {p.read_text() for p in library.glob("*.py") if p.name not in ("latin.py", "empty.py")}
     train, val = (documents_of(folder, split, sp) for split in ("train", "val"))
     assert set(train) | set(val) == texts and not set(train) & set(val)
-    assert byte_count(folder / "fineweb_val_000000.bin", model) == sum(len(t.encode()) for t in val) >= 30_000
+    assert (
+        byte_count(folder / "fineweb_val_000000.bin", model)
+        == sum(len(t.encode()) for t in val)
+        >= 30_000
+    )
 
     before = hashes(one)
-    (library / "new.py").write_text("x = 1\n" * 100)  # a finished demo outlives an upgrade of Python
+    (library / "new.py").write_text(
+        "x = 1\n" * 100
+    )  # a finished demo outlives an upgrade of Python
     assert "nothing to do" in run(capsys, "demo", "--out", one)[1] and hashes(one) == before
     assert "wrote" in run(capsys, "demo", "--out", one, "--force")[1] and hashes(one) != before
 
@@ -98,13 +122,20 @@ def test_demo_is_deterministic_lossless_and_kept(tmp_path, library, capsys):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 65535), max_size=20), min_size=1, max_size=8))
 def test_shard_round_trip(tmp_path_factory, arrays):
-    path, flat = tmp_path_factory.mktemp("s") / "fineweb_val_000000.bin", [i for ids in arrays for i in ids]
+    path, flat = (
+        tmp_path_factory.mktemp("s") / "fineweb_val_000000.bin",
+        [i for ids in arrays for i in ids],
+    )
     if not flat:
         with pytest.raises(prepare.BadInput):
             prepare.write_shard(path, [np.array([], np.uint16)])
         assert not any(path.parent.iterdir())
         return
-    assert prepare.write_shard(path, [np.array(ids, np.uint16) for ids in arrays]) == len(flat) == prepare.check_shard(path)
+    assert (
+        prepare.write_shard(path, [np.array(ids, np.uint16) for ids in arrays])
+        == len(flat)
+        == prepare.check_shard(path)
+    )
     assert train_gpt.open_shard(path, 65536, True).tolist() == flat
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(prepare.BadInput, match="header says"):
@@ -118,6 +149,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), None)
+
     monkeypatch.setattr(prepare.os, "fsync", full)
     with pytest.raises(OSError):
         prepare.write_shard(path, [[3] * 100])
@@ -133,10 +165,16 @@ def model():
 
 @pytest.mark.parametrize("dummy_prefix", [True, False])
 @settings(max_examples=60, deadline=None)
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n\ta"), min_size=1), max_size=4))
+@given(
+    texts=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n\ta"), min_size=1),
+        max_size=4,
+    )
+)
 def test_every_text_is_encoded_exactly(model, dummy_prefix, texts, tmp_path_factory):
     """Also texts cut into parts; only U+2581 and no-prefix texts that start with a space may differ in what is counted."""
     from sentencepiece import sentencepiece_model_pb2
+
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     proto.normalizer_spec.add_dummy_prefix = dummy_prefix
     sp = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
@@ -147,7 +185,11 @@ def test_every_text_is_encoded_exactly(model, dummy_prefix, texts, tmp_path_fact
         prepare.PART = old
     for text, (ids, size, changed) in zip(texts, found, strict=True):
         said = text.replace("\u2581", " ")
-        assert sp.decode(ids[1:].tolist()) == said and size == len(said.encode()) and changed == ("\u2581" in text)
+        assert (
+            sp.decode(ids[1:].tolist()) == said
+            and size == len(said.encode())
+            and changed == ("\u2581" in text)
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- fineweb
@@ -159,23 +201,41 @@ class Hub:
     def __init__(self, tmp_path, monkeypatch, shards=3):
         def shard(seed):
             path = tmp_path / "made.bin"
-            prepare.write_shard(path, [[1], np.random.default_rng(seed).integers(4, 1024, 500), [1, 7]])
+            prepare.write_shard(
+                path, [[1], np.random.default_rng(seed).integers(4, 1024, 500), [1, 7]]
+            )
             return path.read_bytes()
+
         tokenizer = os.urandom(prepare.TOKENIZER_BYTES)
         monkeypatch.setattr(prepare, "TOKENIZER_SHA256", hashlib.sha256(tokenizer).hexdigest()[:8])
         name = prepare.DATASET
-        self.manifest = {"datasets": [{"name": name, "tokenizer_name": "sp", "stats": {"files_train": shards, "files_val": 1}}],
-                         "tokenizers": [{"name": "sp", "model_path": "tokenizers/" + prepare.TOKENIZER}]}
-        self.files = {f"datasets/datasets/{name}/fineweb_{s}_{i:06d}.bin": shard(i) for s, n in (("train", shards), ("val", 1))
-                      for i in range(n)} | {"datasets/tokenizers/" + prepare.TOKENIZER: tokenizer}
+        self.manifest = {
+            "datasets": [
+                {
+                    "name": name,
+                    "tokenizer_name": "sp",
+                    "stats": {"files_train": shards, "files_val": 1},
+                }
+            ],
+            "tokenizers": [{"name": "sp", "model_path": "tokenizers/" + prepare.TOKENIZER}],
+        }
+        self.files = {
+            f"datasets/datasets/{name}/fineweb_{s}_{i:06d}.bin": shard(i)
+            for s, n in (("train", shards), ("val", 1))
+            for i in range(n)
+        } | {"datasets/tokenizers/" + prepare.TOKENIZER: tokenizer}
         self.fail, self.fetched = None, []
 
     def __call__(self, repo_path, folder):
-        data = json.dumps(self.manifest).encode() if repo_path.endswith("manifest.json") else self.files[repo_path]
+        data = (
+            json.dumps(self.manifest).encode()
+            if repo_path.endswith("manifest.json")
+            else self.files[repo_path]
+        )
         path = folder / repo_path
         path.parent.mkdir(parents=True, exist_ok=True)
         if repo_path == self.fail:
-            path.write_bytes(data[:len(data) // 2])
+            path.write_bytes(data[: len(data) // 2])
             raise KeyboardInterrupt
         path.write_bytes(data)
         self.fetched.append(repo_path)
@@ -187,7 +247,10 @@ def test_fineweb_is_fetched_once_and_resumed(tmp_path, monkeypatch, capsys):
     folder = out / "datasets" / prepare.DATASET
     hub.fail = f"datasets/datasets/{prepare.DATASET}/fineweb_train_000001.bin"
     assert run(capsys, "fineweb", "--train-shards", 2, "--out", out, fetch=hub)[0] == 130
-    assert sorted(p.name for p in folder.iterdir()) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "fineweb_train_000000.bin",
+        "fineweb_val_000000.bin",
+    ]
     for path in folder.iterdir():
         prepare.check_shard(path)
 
@@ -196,28 +259,48 @@ def test_fineweb_is_fetched_once_and_resumed(tmp_path, monkeypatch, capsys):
     assert status == 0 and line.endswith("wrote 1 files, 503 tokens, 2 documents; 3 were there")
     assert [Path(p).name for p in hub.fetched] == ["manifest.json", "fineweb_train_000001.bin"]
     assert not (out / "datasets" / ".fetch").exists()
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {Path(n).name: b for n, b in hub.files.items() if "/fineweb_" in n and
-                                                                  "_000002" not in n and n.endswith(".bin")}
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        Path(n).name: b
+        for n, b in hub.files.items()
+        if "/fineweb_" in n and "_000002" not in n and n.endswith(".bin")
+    }
     (folder / "fineweb_train_000000.bin").write_bytes(b"damaged")  # is fetched again
-    assert "wrote 1 files" in run(capsys, "fineweb", "--train-shards", 2, "--out", out, fetch=hub)[1]
+    assert (
+        "wrote 1 files" in run(capsys, "fineweb", "--train-shards", 2, "--out", out, fetch=hub)[1]
+    )
 
 
 def test_fineweb_refuses_what_is_not_official(tmp_path, monkeypatch, capsys):
     hub, out = Hub(tmp_path, monkeypatch), tmp_path / "data"
     command = ("fineweb", "--train-shards", 1, "--out", out)
-    assert "the manifest offers 3" in refused(capsys, "fineweb", "--train-shards", 4, "--out", out, fetch=hub)
-    shard, tokenizer = f"datasets/datasets/{prepare.DATASET}/fineweb_train_000000.bin", "datasets/tokenizers/" + prepare.TOKENIZER
+    assert "the manifest offers 3" in refused(
+        capsys, "fineweb", "--train-shards", 4, "--out", out, fetch=hub
+    )
+    shard, tokenizer = (
+        f"datasets/datasets/{prepare.DATASET}/fineweb_train_000000.bin",
+        "datasets/tokenizers/" + prepare.TOKENIZER,
+    )
     whole = dict(hub.files)
-    for name, data, words in ((tokenizer, b"x" * 253847, "decodes the official shards to garbage"),
-                              (tokenizer, b"x" * 254483, "the official tokenizer has 254483 and sha256"),
-                              (shard, whole[shard][:-2], "its header says 503 tokens, which take 2030"),
-                              (shard, b"\0" + whole[shard][1:], "without a shard's header"), (shard, b"", "without a shard's header")):
+    for name, data, words in (
+        (tokenizer, b"x" * 253847, "decodes the official shards to garbage"),
+        (tokenizer, b"x" * 254483, "the official tokenizer has 254483 and sha256"),
+        (shard, whole[shard][:-2], "its header says 503 tokens, which take 2030"),
+        (shard, b"\0" + whole[shard][1:], "without a shard's header"),
+        (shard, b"", "without a shard's header"),
+    ):
         hub.files = whole | {name: data}
         assert words in refused(capsys, *command, fetch=hub)
-        assert not (out / name.removeprefix("datasets/")).exists() and not (out / "datasets" / ".fetch" / name).exists()
+        assert (
+            not (out / name.removeprefix("datasets/")).exists()
+            and not (out / "datasets" / ".fetch" / name).exists()
+        )
     hub.files = whole
     assert run(capsys, *command, fetch=hub)[0] == 0
-    for damage in (lambda m: m["datasets"][0].pop("name"), lambda m: m.pop("datasets"), lambda m: m.update(datasets=7)):
+    for damage in (
+        lambda m: m["datasets"][0].pop("name"),
+        lambda m: m.pop("datasets"),
+        lambda m: m.update(datasets=7),
+    ):
         damage(hub.manifest)
         assert "manifest.json: no complete entry" in refused(capsys, *command, fetch=hub)
 
@@ -225,7 +308,10 @@ def test_fineweb_refuses_what_is_not_official(tmp_path, monkeypatch, capsys):
 def test_hub_errors_are_one_line(tmp_path, monkeypatch, capsys):
     def offline(*_, **__):
         raise ConnectionError("no route\nto the hub")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=offline))
+
+    monkeypatch.setitem(
+        sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=offline)
+    )
     assert "ConnectionError: no route to the hub" in refused(capsys, "fineweb", "--out", tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install huggingface_hub" in refused(capsys, "fineweb", "--out", tmp_path)
@@ -251,15 +337,32 @@ def corpus(tmp_path):
 
 def test_text_shards_and_resume(corpus, capsys, monkeypatch):
     root, texts = corpus
-    command = ["text", root / "a.jsonl", root / "more", "--name", "mine", "--vocab-size", 320, "--val-fraction", 0.2,
-               "--shard-tokens", 3000, "--out"]
+    command = [
+        "text",
+        root / "a.jsonl",
+        root / "more",
+        "--name",
+        "mine",
+        "--vocab-size",
+        320,
+        "--val-fraction",
+        0.2,
+        "--shard-tokens",
+        3000,
+        "--out",
+    ]
     assert run(capsys, *command, root / "whole")[0] == 0
-    folder, model = root / "whole" / "datasets" / "mine", root / "whole" / "tokenizers" / "mine.model"
+    folder, model = (
+        root / "whole" / "datasets" / "mine",
+        root / "whole" / "tokenizers" / "mine.model",
+    )
     sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
     train, val = (documents_of(folder, split, sp) for split in ("train", "val"))
     assert sorted(train + val) == sorted(texts) and 20 < len(val) < 65
     assert len(list(folder.glob("fineweb_train_*.bin"))) > 2
-    assert sum(byte_count(p, model, 320) for p in folder.glob("fineweb_val_*")) == sum(len(t.encode()) for t in val)
+    assert sum(byte_count(p, model, 320) for p in folder.glob("fineweb_val_*")) == sum(
+        len(t.encode()) for t in val
+    )
     assert "nothing to do" in run(capsys, *command, root / "whole")[1]
 
     write, calls = prepare.write_shard, []
@@ -270,6 +373,7 @@ def test_text_shards_and_resume(corpus, capsys, monkeypatch):
             next(iter(arrays))
             raise KeyboardInterrupt
         return write(path, arrays)
+
     monkeypatch.setattr(prepare, "write_shard", interrupted)
     assert run(capsys, *command, root / "part")[0] == 130
     assert not (root / "part" / "datasets" / "mine").exists()
@@ -285,20 +389,41 @@ def test_text_options(corpus, capsys):
     folder, model = root / "out" / "datasets" / "v", root / "out" / "tokenizers" / "v.model"
     sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
     assert sorted(documents_of(folder, "val", sp)) == sorted(texts[200:])
-    assert prepare.check_shard(folder / "fineweb_train_000000.bin") == 1000 and len(list(folder.glob("*train*"))) == 1
+    assert (
+        prepare.check_shard(folder / "fineweb_train_000000.bin") == 1000
+        and len(list(folder.glob("*train*"))) == 1
+    )
 
     before = hashes(root / "out")
     assert "--force replaces it" in refused(capsys, *command)  # other settings, same name
-    assert "in --val and in the training text" in refused(capsys, *command, "--val", root / "a.jsonl")
+    assert "in --val and in the training text" in refused(
+        capsys, *command, "--val", root / "a.jsonl"
+    )
     assert hashes(root / "out") == before
     assert run(capsys, *command, "--force")[0] == 0 and hashes(root / "out") != before
-    assert run(capsys, "text", root / "a.jsonl", "--name", "w", "--out", root / "out", "--tokenizer", model)[0] == 0
+    assert (
+        run(
+            capsys,
+            "text",
+            root / "a.jsonl",
+            "--name",
+            "w",
+            "--out",
+            root / "out",
+            "--tokenizer",
+            model,
+        )[0]
+        == 0
+    )
     assert not (root / "out" / "tokenizers" / "w.model").exists() and model.is_file()
 
 
 def test_text_with_zstandard(corpus, capsys, monkeypatch):
     root, texts = corpus
-    packed, command = root / "b.jsonl.zst", ["text", root / "b.jsonl.zst", "--name", "z", "--out", root / "out", "--vocab-size", 320]
+    packed, command = (
+        root / "b.jsonl.zst",
+        ["text", root / "b.jsonl.zst", "--name", "z", "--out", root / "out", "--vocab-size", 320],
+    )
     packed.write_bytes(b"no frame")
     monkeypatch.setitem(sys.modules, "zstandard", None)
     assert "pip install zstandard; or unpack it with zstd -d" in refused(capsys, *command)
@@ -309,27 +434,48 @@ def test_text_with_zstandard(corpus, capsys, monkeypatch):
     assert run(capsys, *command, "--val-fraction", 0.1)[0] == 0
 
 
-@pytest.mark.parametrize("line,words", [
-    ('{"text": "half', "bad.jsonl, line 2: "), ('{"body": "x"}', "line 2: neither a string nor an object"),
-    ("[1]", "line 2: neither"), ('{"text": 5}', "line 2: neither"), ('"\\ud800"', "line 2: 'utf-8' codec can't encode")])
+@pytest.mark.parametrize(
+    "line,words",
+    [
+        ('{"text": "half', "bad.jsonl, line 2: "),
+        ('{"body": "x"}', "line 2: neither a string nor an object"),
+        ("[1]", "line 2: neither"),
+        ('{"text": 5}', "line 2: neither"),
+        ('"\\ud800"', "line 2: 'utf-8' codec can't encode"),
+    ],
+)
 def test_bad_json_line(tmp_path, capsys, line, words):
     (tmp_path / "bad.jsonl").write_text('"good"\n' + line + '\n"good"\n')
-    assert words in refused(capsys, "text", tmp_path / "bad.jsonl", "--name", "n", "--out", tmp_path / "out")
+    assert words in refused(
+        capsys, "text", tmp_path / "bad.jsonl", "--name", "n", "--out", tmp_path / "out"
+    )
     assert not (tmp_path / "out").exists() or not hashes(tmp_path / "out")
 
 
 def test_bad_input(tmp_path, capsys, model):
     out = ("--name", "n", "--out", tmp_path / "out")
-    for name, data in (("a.txt", b"some text " * 500), ("bad.txt", b"caf\xe9"), ("empty.txt", b""), ("a.csv", b"x"), ("a.model", model)):
+    for name, data in (
+        ("a.txt", b"some text " * 500),
+        ("bad.txt", b"caf\xe9"),
+        ("empty.txt", b""),
+        ("a.csv", b"x"),
+        ("a.model", model),
+    ):
         (tmp_path / name).write_bytes(data)
     good = tmp_path / "a.txt"
     assert "no such file or folder" in refused(capsys, "text", tmp_path / "none.txt", *out)
     assert "no .txt, .jsonl" in refused(capsys, "text", tmp_path / "a.csv", *out)
     assert "bad.txt: 'utf-8' codec" in refused(capsys, "text", tmp_path / "bad.txt", *out)
     assert "give more text" in refused(capsys, "text", tmp_path / "empty.txt", "--val", good, *out)
-    assert "no such tokenizer" in refused(capsys, "text", good, "--tokenizer", tmp_path / "no.model", *out)
-    assert "not a SentencePiece model" in refused(capsys, "text", good, "--tokenizer", tmp_path / "a.csv", *out)
-    assert "no document for this split" in refused(capsys, "text", good, "--tokenizer", tmp_path / "a.model", *out)
+    assert "no such tokenizer" in refused(
+        capsys, "text", good, "--tokenizer", tmp_path / "no.model", *out
+    )
+    assert "not a SentencePiece model" in refused(
+        capsys, "text", good, "--tokenizer", tmp_path / "a.csv", *out
+    )
+    assert "no document for this split" in refused(
+        capsys, "text", good, "--tokenizer", tmp_path / "a.model", *out
+    )
     assert "--name" in refused(capsys, "text", good, "--name", "../x", "--out", tmp_path / "out")
     (tmp_path / "file").write_text("")
     assert "file" in refused(capsys, "demo", "--out", tmp_path / "file")
@@ -339,6 +485,7 @@ def test_bad_input(tmp_path, capsys, model):
 
 def test_large_tokenizer_is_refused(tmp_path, model):
     from sentencepiece import sentencepiece_model_pb2
+
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     for i in range(65537 - len(proto.pieces)):
         proto.pieces.add(piece=f"q{i}", score=-1e6 - i)

@@ -1,4 +1,5 @@
 """Quantising: coder, steps by cost, GPTQ, byte budget, QAT, averages, and going on from a checkpoint without training."""
+
 import math
 import shutil
 from pathlib import Path
@@ -18,7 +19,12 @@ def coded(seed, n, spread, classes=t.CLASSES):
     """(symbols, distributions, table) of n rounded Gaussian levels whose deviation goes with their distribution."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, classes, n).astype(np.uint8)
-    symbols = np.clip(np.rint(rng.standard_normal(n) * spread ** (rows / classes)), -511, 511).astype(np.int16) + 511
+    symbols = (
+        np.clip(np.rint(rng.standard_normal(n) * spread ** (rows / classes)), -511, 511).astype(
+            np.int16
+        )
+        + 511
+    )
     counts = np.zeros((t.CLASSES, t.SYMBOLS), np.int64)
     np.add.at(counts, (rows, symbols), 1)
     return symbols, rows, counts
@@ -36,17 +42,26 @@ def test_coder_gives_back_every_level(seed, n, spread):
 
 def test_coder_is_within_a_few_thousandths_of_the_entropy():
     symbols, rows, counts = coded(0, 2_000_000, 40.0)
-    size, entropy = len(t.rans_encode(symbols, rows, t.frequencies(counts))), t.entropy_bytes(counts)
+    size, entropy = (
+        len(t.rans_encode(symbols, rows, t.frequencies(counts))),
+        t.entropy_bytes(counts),
+    )
     assert entropy <= size <= 1.005 * entropy
     p = counts.sum(0) / counts.sum()
-    assert entropy < 0.9 * -(p[p > 0] * np.log2(p[p > 0])).sum() * 2_000_000 / 8  # one distribution for all would be dearer
+    assert (
+        entropy < 0.9 * -(p[p > 0] * np.log2(p[p > 0])).sum() * 2_000_000 / 8
+    )  # one distribution for all would be dearer
 
 
 def test_damaged_codes_are_refused_not_decoded():
     symbols, rows, counts = coded(1, 20_000, 8.0)
     table = t.frequencies(counts)
     codes = t.rans_encode(symbols, rows, table)
-    for wrong in (codes[:-2], np.concatenate([codes, codes[:2]]), np.concatenate([codes[:40], codes[40:42] ^ 255, codes[42:]])):
+    for wrong in (
+        codes[:-2],
+        np.concatenate([codes, codes[:2]]),
+        np.concatenate([codes[:40], codes[40:42] ^ 255, codes[42:]]),
+    ):
         with pytest.raises((ValueError, IndexError)):
             t.rans_decode(wrong, rows, table)
     with pytest.raises(ValueError, match="frequencies"):
@@ -58,12 +73,28 @@ def calibrated(tiny_data):
     """(Config, model, {quant: what calibrate found}) of a model with random weights."""
     c = config(tiny_data, CALIBRATION_TOKENS="2048")
     model, run = random_model(c), t.Run(c)
-    return c, model, {q: t.calibrate(config(tiny_data, QUANT=q, CALIBRATION_TOKENS="2048"), run, model, t.TrainData(c, run)) for q in ("rd", "gptq")}
+    return (
+        c,
+        model,
+        {
+            q: t.calibrate(
+                config(tiny_data, QUANT=q, CALIBRATION_TOKENS="2048"),
+                run,
+                model,
+                t.TrainData(c, run),
+            )
+            for q in ("rd", "gptq")
+        },
+    )
 
 
 def test_steps_are_the_inverse_root_of_what_errors_cost(calibrated):
     c, model, found = calibrated
-    data, params, name = t.TrainData(c, t.Run(c)), dict(model.named_parameters()), "blocks.1.mlp.fc.weight"
+    data, params, name = (
+        t.TrainData(c, t.Run(c)),
+        dict(model.named_parameters()),
+        "blocks.1.mlp.fc.weight",
+    )
     n, total = c.calibration_tokens // c.train_seq_len, 0
     for i in range(n):
         model.zero_grad()
@@ -74,7 +105,9 @@ def test_steps_are_the_inverse_root_of_what_errors_cost(calibrated):
     for exponents, cost in ((rows, total.mean(1)), (columns, total.mean(0))):
         expected = -2 * (cost + 0.1 * total.mean()).log2()
         difference = exponents.float() - expected
-        assert (difference - difference.mean()).abs().max() <= 1.01  # of a quarter of an octave, both rounded
+        assert (
+            difference - difference.mean()
+        ).abs().max() <= 1.01  # of a quarter of an octave, both rounded
     grids = [found[q][0] for q in found]
     assert all((grids[0][n].int() - grids[1][n].int()).abs().max() <= 1 for n in grids[0])
     model.zero_grad(set_to_none=True)
@@ -83,7 +116,12 @@ def test_steps_are_the_inverse_root_of_what_errors_cost(calibrated):
 def damage(c, model, found, state):
     """Cost of an artifact's errors by the Hessians."""
     own = t.split_banks(model.state_dict(), c.num_layers)
-    return sum(torch.einsum("rc,cd,rd->", (state[n] - own[n]).double(), h.double(), (state[n] - own[n]).double()).item() for n, h in found["gptq"][1].items())
+    return sum(
+        torch.einsum(
+            "rc,cd,rd->", (state[n] - own[n]).double(), h.double(), (state[n] - own[n]).double()
+        ).item()
+        for n, h in found["gptq"][1].items()
+    )
 
 
 def test_at_equal_bytes_costs_are_far_less_than_gptq_lites_and_gptqs_are_less_still(calibrated):
@@ -104,9 +142,23 @@ def test_at_equal_bytes_costs_are_far_less_than_gptq_lites_and_gptqs_are_less_st
 def test_every_seed_lands_in_the_last_two_thousandths_under_the_cap(seed, quant):
     c = config(QUANT=quant, MODEL_DIM="96")
     model, g = random_model(c, seed), torch.Generator().manual_seed(seed)
-    names = {n: w for n, w in t.split_banks(model.state_dict(), c.num_layers).items() if t.parameter_rule(n)[2] in t.LEVELS}
-    grid = {n: torch.randint(-6, 7, (sum(w.shape),), generator=g, dtype=torch.int8) for n, w in names.items()}
-    hessians = {n: (x := torch.randn(2 * w.size(1), w.size(1), generator=g)).mT @ x for n, w in names.items()} if quant == "gptq" else None
+    names = {
+        n: w
+        for n, w in t.split_banks(model.state_dict(), c.num_layers).items()
+        if t.parameter_rule(n)[2] in t.LEVELS
+    }
+    grid = {
+        n: torch.randint(-6, 7, (sum(w.shape),), generator=g, dtype=torch.int8)
+        for n, w in names.items()
+    }
+    hessians = (
+        {
+            n: (x := torch.randn(2 * w.size(1), w.size(1), generator=g)).mT @ x
+            for n, w in names.items()
+        }
+        if quant == "gptq"
+        else None
+    )
     cap = 120_000 + seed
     blob, figures = t.Quantizer(c, model.state_dict(), grid, hessians).fit(cap)
     assert 0.998 * cap < len(blob) <= cap
@@ -116,7 +168,10 @@ def test_every_seed_lands_in_the_last_two_thousandths_under_the_cap(seed, quant)
 def test_gptq_makes_up_for_earlier_columns(calibrated):
     c, model, found = calibrated
     q = t.Quantizer(config(QUANT="gptq"), model.state_dict(), *found["gptq"])
-    plain, fed = (t.Quantizer(config(QUANT="gptq"), model.state_dict(), found["gptq"][0], h).rounded(0.05) for h in ({}, q.hessians))
+    plain, fed = (
+        t.Quantizer(config(QUANT="gptq"), model.state_dict(), found["gptq"][0], h).rounded(0.05)
+        for h in ({}, q.hessians)
+    )
     assert damage(c, model, found, fed) < 0.85 * damage(c, model, found, plain)
     name = q.names[-1]
     rows, columns, levels = q.levels(0.05)[name]
@@ -124,10 +179,13 @@ def test_gptq_makes_up_for_earlier_columns(calibrated):
     torch.testing.assert_close(fed[name], levels * t.spacing(rows, columns, 0.05))
 
 
-def test_the_validation_split_has_no_part_in_steps_hessians_or_the_choice_of_an_average(tmp_path, tiny, tiny_data):
+def test_the_validation_split_has_no_part_in_steps_hessians_or_the_choice_of_an_average(
+    tmp_path, tiny, tiny_data
+):
     other = make_tiny_data(tmp_path)
     tokens = np.fromfile(tmp_path / "fineweb_val_000000.bin", "<u2", offset=1024)
     from conftest import write_shard
+
     write_shard(tmp_path / "fineweb_val_000000.bin", tokens[::-1])
     changes = dict(QUANT="gptq", EVALS="none", LATE_QAT_THRESHOLD="0.5", ITERATIONS="4")
     found = [tiny(**changes, **data) for data in ({}, other)]
@@ -140,7 +198,9 @@ def test_the_validation_split_has_no_part_in_steps_hessians_or_the_choice_of_an_
 def test_training_on_the_validation_split_is_refused(tmp_path, tiny):
     data = make_tiny_data(tmp_path, targets=2000)
     shutil.copy(tmp_path / "fineweb_val_000000.bin", tmp_path / "fineweb_train_000001.bin")
-    with pytest.raises(t.BadInput, match="fineweb_train_000001.bin: begins as the validation split does; .* C3"):
+    with pytest.raises(
+        t.BadInput, match="fineweb_train_000001.bin: begins as the validation split does; .* C3"
+    ):
         tiny(**data)
 
 
@@ -151,7 +211,10 @@ def test_qat_rounds_to_the_artifacts_own_weights(tiny_data):
     optimizer = t.Optimizer(c, run, model)
     t.start_qat(c, run, model, t.TrainData(c, run), optimizer)
     blob, _ = t.Quantizer(c, model.state_dict(), optimizer.grid).pack(optimizer.qat_step)
-    expected, before = t.unpack(blob)[0], {n: p.detach().clone() for n, p in model.named_parameters()}
+    expected, before = (
+        t.unpack(blob)[0],
+        {n: p.detach().clone() for n, p in model.named_parameters()},
+    )
     t.round_weights(c, model, optimizer)
     changed = 0
     for name, w in t.split_banks(dict(model.named_parameters()), c.num_layers).items():
@@ -162,7 +225,10 @@ def test_qat_rounds_to_the_artifacts_own_weights(tiny_data):
 
 
 def test_lawa_is_the_mean_of_the_last_snapshots():
-    c, w = config(LAWA_ENABLED="1", LAWA_K="3", LAWA_FREQ="2", AVERAGE="lawa"), torch.nn.Parameter(torch.zeros(2))
+    c, w = (
+        config(LAWA_ENABLED="1", LAWA_K="3", LAWA_FREQ="2", AVERAGE="lawa"),
+        torch.nn.Parameter(torch.zeros(2)),
+    )
     averages = t.Averages(c, [w])
     for n in range(1, 12):
         with torch.no_grad():
@@ -172,21 +238,33 @@ def test_lawa_is_the_mean_of_the_last_snapshots():
             assert list(averages.candidates()) == ["none"]
         if n in (2, 4, 11):
             found = averages.candidates()
-            assert list(found) == ["lawa"] and found["lawa"][0][0].item() == pytest.approx({2: 2, 4: 3, 11: 8}[n])
+            assert list(found) == ["lawa"] and found["lawa"][0][0].item() == pytest.approx(
+                {2: 2, 4: 3, 11: 8}[n]
+            )
 
 
 @pytest.mark.parametrize("kind", ["ema", "swa", "none", "auto"])
 def test_average_exports_what_it_names(kind, tiny):
     found = tiny(AVERAGE=kind, EVALS="none")
-    losses = {n.removeprefix("average_"): row["heldout_train_loss"] for n, row in found.items() if n.startswith("average_")}
+    losses = {
+        n.removeprefix("average_"): row["heldout_train_loss"]
+        for n, row in found.items()
+        if n.startswith("average_")
+    }
     assert set(losses) == ({"none", "ema", "swa"} if kind == "auto" else {kind})
     chosen = min(losses, key=losses.get)
     assert f"average: exporting {chosen} " in Path("logs/run0.txt").read_text()
 
 
 def test_candidates_are_compared_after_quantising(tiny):
-    coarse, fine = (tiny(AVERAGE="none", EVALS="none", ARTIFACT_BYTES=str(CODE + size)) for size in (14_000, 10**6))
-    assert coarse["average_none"]["heldout_train_loss"] > fine["average_none"]["heldout_train_loss"] + 0.001
+    coarse, fine = (
+        tiny(AVERAGE="none", EVALS="none", ARTIFACT_BYTES=str(CODE + size))
+        for size in (14_000, 10**6)
+    )
+    assert (
+        coarse["average_none"]["heldout_train_loss"]
+        > fine["average_none"]["heldout_train_loss"] + 0.001
+    )
 
 
 def test_an_average_that_is_switched_off_cannot_be_asked_for():
@@ -202,10 +280,17 @@ def test_a_checkpoint_is_exported_anew_without_training(tiny):
     assert again["training"]["steps"] == 12 and not [n for n in again if "train_loss" in again[n]]
     for label in ("average_none", "quantised", "artifact", "final_artifact_roundtrip"):
         assert timeless(again)[label] == timeless(made)[label], label
-    other = tiny(LOAD_CHECKPOINT=path, EVALS="roundtrip", QUANT="gptq", ARTIFACT_BYTES=str(CODE + 30_000))
+    other = tiny(
+        LOAD_CHECKPOINT=path, EVALS="roundtrip", QUANT="gptq", ARTIFACT_BYTES=str(CODE + 30_000)
+    )
     assert other["artifact"]["model_bytes"] <= 30_000 < made["artifact"]["model_bytes"]
     more = tiny(LOAD_CHECKPOINT=path, EVALS="none", ITERATIONS="15", TRAIN_LOG_EVERY="1")
-    assert more["training"]["steps"] == 15 and "train_loss" in more["step:15/15"] and more["step:13/15"] and "step:11/15" not in more
+    assert (
+        more["training"]["steps"] == 15
+        and "train_loss" in more["step:15/15"]
+        and more["step:13/15"]
+        and "step:11/15" not in more
+    )
 
 
 def test_a_wrong_checkpoint_is_refused_by_name(tiny, tmp_path):
@@ -213,15 +298,25 @@ def test_a_wrong_checkpoint_is_refused_by_name(tiny, tmp_path):
     path = Path("logs/made/checkpoint.000000012.ckpt")
     bad = tmp_path / "bad.ckpt"
     bad.write_bytes(path.read_bytes()[:-9])
-    for value, words, changes in ((bad, "wrong checksum; give the path of a whole checkpoint", {}), ("nowhere", "No such file", {}),
-                                  (path, "does not fit", dict(MODEL_DIM="64")), (path, "LOAD_ARTIFACT", dict(LOAD_ARTIFACT="x"))):
+    for value, words, changes in (
+        (bad, "wrong checksum; give the path of a whole checkpoint", {}),
+        ("nowhere", "No such file", {}),
+        (path, "does not fit", dict(MODEL_DIM="64")),
+        (path, "LOAD_ARTIFACT", dict(LOAD_ARTIFACT="x")),
+    ):
         with pytest.raises(t.BadInput, match=words):
             tiny(LOAD_CHECKPOINT=str(value), **changes)
 
 
 def test_polar_express_brings_singular_values_closer_to_one():
     g = torch.randn(4, 48, 96, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-    off = {kind: (torch.linalg.svdvals(t.newton_schulz(g, 5, torch.double, kind)) - 1).abs().mean().item() for kind in t.QUINTICS}
+    off = {
+        kind: (torch.linalg.svdvals(t.newton_schulz(g, 5, torch.double, kind)) - 1)
+        .abs()
+        .mean()
+        .item()
+        for kind in t.QUINTICS
+    }
     assert off["polar_express"] < 0.5 * off["quintic"] < 0.15
 
 
@@ -245,23 +340,37 @@ def test_coprime_order_visits_each_sequence_of_a_shard_once_an_epoch(tiny_data):
     data, plain = t.TrainData(c, t.Run(c)), t.TrainData(config(tiny_data), t.Run(c))
     total = sum(data.counts)
     for epoch in range(2):
-        seen, usual = (sorted(d.sequence(epoch * total + i).tobytes() for i in range(total)) for d in (data, plain))
+        seen, usual = (
+            sorted(d.sequence(epoch * total + i).tobytes() for i in range(total))
+            for d in (data, plain)
+        )
         assert seen == usual
-    assert [data.sequence(i).tobytes() for i in range(9)] != [plain.sequence(i).tobytes() for i in range(9)]
+    assert [data.sequence(i).tobytes() for i in range(9)] != [
+        plain.sequence(i).tobytes() for i in range(9)
+    ]
 
 
 def test_best_breaks_no_condition_and_wins_over_the_preset_before_it():
     c = t.load_config({"PRESET": "best"})
-    assert c.evals == ("roundtrip", "sliding_window", "ttt") and not any(t.broken_conditions(c, label) for label in c.evals)
+    assert c.evals == ("roundtrip", "sliding_window", "ttt") and not any(
+        t.broken_conditions(c, label) for label in c.evals
+    )
     both = t.load_config({"PRESET": "demo,best_demo", "SEED": "7"})
-    assert both.num_layers == 4 and both.xsa_last_n == 4 and both.seed == 7 and not any(t.broken_conditions(both, label) for label in both.evals)
+    assert (
+        both.num_layers == 4
+        and both.xsa_last_n == 4
+        and both.seed == 7
+        and not any(t.broken_conditions(both, label) for label in both.evals)
+    )
     with pytest.raises(t.BadInput, match="PRESET=demo,bets: allowed: a comma list of pr1084, "):
         t.load_config({"PRESET": "demo,bets"})
 
 
 def test_min_lr_is_where_the_warmdown_ends():
     c = config(ITERATIONS="100", WARMDOWN_ITERS="20", MIN_LR="0.1")
-    assert [t.lr_scale(c, s, 0.0, 0.0) for s in (0, 90, 99, 100)] == pytest.approx([1, 0.5, 0.1, 0.1])
+    assert [t.lr_scale(c, s, 0.0, 0.0) for s in (0, 90, 99, 100)] == pytest.approx(
+        [1, 0.5, 0.1, 0.1]
+    )
 
 
 def test_parallel_layers_read_what_attention_reads(tiny_data):
@@ -279,29 +388,67 @@ def test_parallel_layers_read_what_attention_reads(tiny_data):
 def test_tool_compares_quantisers_on_one_checkpoint(tiny_data, tmp_path, monkeypatch, tiny, capsys):
     tiny(RUN_ID="made", EVALS="none", LATE_QAT="0")
     from conftest import TINY, read_metrics
+
     for name, value in {**TINY, **tiny_data, "LATE_QAT": "0"}.items():
         monkeypatch.setenv(name, value)
-    words = ["--checkpoint", "logs/made/checkpoint.000000012.ckpt", "--run-id", "cmp", "--bytes", "0", "--bytes", "25000", "--bytes", "9000"]
-    assert quantise.main([*words, "QUANT=gptq_lite CODER=lzma", "mine=QUANT=gptq CALIBRATION_TOKENS=512"]) == 0
+    words = [
+        "--checkpoint",
+        "logs/made/checkpoint.000000012.ckpt",
+        "--run-id",
+        "cmp",
+        "--bytes",
+        "0",
+        "--bytes",
+        "25000",
+        "--bytes",
+        "9000",
+    ]
+    assert (
+        quantise.main(
+            [*words, "QUANT=gptq_lite CODER=lzma", "mine=QUANT=gptq CALIBRATION_TOKENS=512"]
+        )
+        == 0
+    )
     found = read_metrics(tmp_path / "logs" / "cmp")
-    assert "QUANT=gptq_lite,CODER=lzma@9000 does not fit at any step" in (tmp_path / "logs" / "cmp.txt").read_text()
+    assert (
+        "QUANT=gptq_lite,CODER=lzma@9000 does not fit at any step"
+        in (tmp_path / "logs" / "cmp.txt").read_text()
+    )
     row = found["mine@25000"]
-    assert 24_900 < row["model_bytes"] <= 25_000 and math.isfinite(row["damage"]) and row["error"] > 0 and row["load"] > 0
+    assert (
+        24_900 < row["model_bytes"] <= 25_000
+        and math.isfinite(row["damage"])
+        and row["error"] > 0
+        and row["load"] > 0
+    )
     assert quantise.main(["--table", "logs/cmp"]) == 0
     assert f"| mine | {row['model_bytes']:,} B | +" in capsys.readouterr().out
     assert quantise.main([*words]) == 2 and "at least one row" in capsys.readouterr().err
-    assert quantise.main([*words, "SLOT_STEPS=3"]) == 2 and "a row is [NAME=]SETTING=VALUE" in capsys.readouterr().err
+    assert (
+        quantise.main([*words, "SLOT_STEPS=3"]) == 2
+        and "a row is [NAME=]SETTING=VALUE" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
 def test_ranks_calibrate_and_switch_to_qat_alike(tiny_data, tmp_path):
     from conftest import TINY, read_metrics
-    env = {**TINY, **tiny_data, "QUANT": "gptq", "LATE_QAT_THRESHOLD": "0.5", "EVALS": "roundtrip", "TRAIN_LOG_EVERY": "1"}
+
+    env = {
+        **TINY,
+        **tiny_data,
+        "QUANT": "gptq",
+        "LATE_QAT_THRESHOLD": "0.5",
+        "EVALS": "roundtrip",
+        "TRAIN_LOG_EVERY": "1",
+    }
     found = []
     for ranks in (0, 2):
         done = process({**env, "RUN_ID": f"r{ranks}"}, tmp_path, ranks)
         assert done.returncode == 0, done.stderr[-2000:]
         found.append(read_metrics(tmp_path / "logs" / f"r{ranks}"))
     for label in ("step:12/12", "average_none", "final_artifact_roundtrip"):
-        key = next(k for k in ("train_loss", "heldout_train_loss", "val_loss") if k in found[0][label])
+        key = next(
+            k for k in ("train_loss", "heldout_train_loss", "val_loss") if k in found[0][label]
+        )
         assert found[1][label][key] == pytest.approx(found[0][label][key], abs=2e-3), label

@@ -1,4 +1,5 @@
 """tools/report.py: every style of log, tables, significance, checks, submission.json, figures, and files that are no logs."""
+
 import io
 import json
 import math
@@ -18,7 +19,9 @@ from logs import STAGES, LogError, read_log
 from scipy import stats
 
 PUBLISHED = PARITY / "lineage" / "published_logs"
-needs_published = pytest.mark.skipif(not PUBLISHED.exists(), reason="the published logs are not part of the repository")
+needs_published = pytest.mark.skipif(
+    not PUBLISHED.exists(), reason="the published logs are not part of the repository"
+)
 
 
 def published(pattern):
@@ -31,38 +34,82 @@ def rounded(logs, stage):
 
 # ---- logs of the lineage, figures from what their authors published (SPEC.md, section 6)
 
+
 @needs_published
 def test_every_published_log_parses_and_gives_the_published_figures():
-    assert len(published("*")) == 14 and all(log.finished and log.world_size == 8 and log.batch_tokens == 786432 for log in published("*"))
+    assert len(published("*")) == 14 and all(
+        log.finished and log.world_size == 8 and log.batch_tokens == 786432
+        for log in published("*")
+    )
     slot = {log.seed: log for log in published("pr1084_slot*")}
-    assert [f"{slot[s].results['ttt_slot'].val_bpb:.4f}" for s in (1337, 42, 2025)] == ["1.1188", "1.1185", "1.1183"]
+    assert [f"{slot[s].results['ttt_slot'].val_bpb:.4f}" for s in (1337, 42, 2025)] == [
+        "1.1188",
+        "1.1185",
+        "1.1183",
+    ]
     values = rounded(slot.values(), "ttt_slot")
     assert f"{statistics.mean(values):.4f} {statistics.stdev(values):.4f}" == "1.1185 0.0003"
-    assert all(385 <= log.results["ttt_slot"].seconds <= 389 and 15.87e6 <= log.total_bytes <= 16e6 for log in slot.values())
-    base, = published("pr1084_baseline*")
+    assert all(
+        385 <= log.results["ttt_slot"].seconds <= 389 and 15.87e6 <= log.total_bytes <= 16e6
+        for log in slot.values()
+    )
+    (base,) = published("pr1084_baseline*")
     assert "ttt_slot" not in base.results and 350 <= base.results["ttt"].seconds <= 353
-    ctw, = published("pr1084_ctw*")
-    assert f"{ctw.results['ttt_ctw'].val_bpb:.4f}" == "1.1252" and round(ctw.results["ttt_ctw"].seconds, -1) == 2760 and "ttt" not in ctw.results
+    (ctw,) = published("pr1084_ctw*")
+    assert (
+        f"{ctw.results['ttt_ctw'].val_bpb:.4f}" == "1.1252"
+        and round(ctw.results["ttt_ctw"].seconds, -1) == 2760
+        and "ttt" not in ctw.results
+    )
     logs = published("pr1150*")
-    assert f"{statistics.mean(log.score.val_bpb for log in logs):.5f}" == "1.11512" and {log.parameters for log in logs} == {26_993_756}
-    assert all(569 <= round(log.results["ttt_slot"].seconds) <= 572 and round(log.total_bytes, -4) in (15_950_000, 15_960_000) for log in logs)
-    scores = {log.seed: (f"{log.score.val_bpb:.4f}", f"{log.results['sliding_window'].val_bpb:.4f}") for log in published("pr1313*")}
-    assert scores == {1337: ("0.8683", "1.1258"), 42: ("0.8582", "1.1210"), 2024: ("0.8647", "1.1221")}
+    assert f"{statistics.mean(log.score.val_bpb for log in logs):.5f}" == "1.11512" and {
+        log.parameters for log in logs
+    } == {26_993_756}
+    assert all(
+        569 <= round(log.results["ttt_slot"].seconds) <= 572
+        and round(log.total_bytes, -4) in (15_950_000, 15_960_000)
+        for log in logs
+    )
+    scores = {
+        log.seed: (f"{log.score.val_bpb:.4f}", f"{log.results['sliding_window'].val_bpb:.4f}")
+        for log in published("pr1313*")
+    }
+    assert scores == {
+        1337: ("0.8683", "1.1258"),
+        42: ("0.8582", "1.1210"),
+        2024: ("0.8647", "1.1221"),
+    }
     last = {log.seed: log for log in published("pr1488*")}
-    assert {s: f"{log.score.val_bpb:.4f}" for s, log in last.items()} == {42: "0.8233", 1337: "0.8292", 2024: "0.8269"}
-    assert f"{last[1337].results['sliding_window'].val_bpb:.4f}" == "1.0884" and not any(r.causal for log in last.values() for r in log.results.values())
+    assert {s: f"{log.score.val_bpb:.4f}" for s, log in last.items()} == {
+        42: "0.8233",
+        1337: "0.8292",
+        2024: "0.8269",
+    }
+    assert f"{last[1337].results['sliding_window'].val_bpb:.4f}" == "1.0884" and not any(
+        r.causal for log in last.values() for r in log.results.values()
+    )
     steps = [log.step_avg for log in slot.values()]
-    assert 83.8 <= min(steps) and max(steps) <= 84.2 and {log.steps for log in slot.values()} == {7154, 7152, 7155}
+    assert (
+        83.8 <= min(steps)
+        and max(steps) <= 84.2
+        and {log.steps for log in slot.values()} == {7154, 7152, 7155}
+    )
 
 
 @needs_published
 def test_labels_that_say_the_wrong_thing_are_recognised_as_what_they_are():
     for log in published("pr1084*") + published("pr1150*"):
-        line, = log.mislabelled
-        assert line.startswith("final_int8_zlib_roundtrip_exact") and "the score of sliding_window with stride 64" in line
+        (line,) = log.mislabelled
+        assert (
+            line.startswith("final_int8_zlib_roundtrip_exact")
+            and "the score of sliding_window with stride 64" in line
+        )
         assert log.results["roundtrip"].val_bpb > 1.14
     for log in published("pr1313*") + published("pr1488*"):
-        assert [("stride 96" in line, "stride 64" in line) for line in log.mislabelled] == [(True, False), (False, True)]
+        assert [("stride 96" in line, "stride 64" in line) for line in log.mislabelled] == [
+            (True, False),
+            (False, True),
+        ]
         assert log.results["sliding_window"].stride == 96 and log.extra[0].stride == 64
 
 
@@ -82,41 +129,77 @@ def test_a_record_whose_table_contradicts_its_logs_fails_the_check(tmp_path, cap
     for path in PUBLISHED.glob("pr1084_slot*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "README.md").write_text(RECORD)
-    (tmp_path / "submission.json").write_text(json.dumps({"val_bpb": 1.1185, "val_loss": 1.8885, "bytes_total": 15_965_604}))
+    (tmp_path / "submission.json").write_text(
+        json.dumps({"val_bpb": 1.1185, "val_loss": 1.8885, "bytes_total": 15_965_604})
+    )
     assert report.main([str(tmp_path), "--check"]) == 1
     lines = capsys.readouterr().out.splitlines()
     failed = [line[6:] for line in lines if line.startswith("FAIL")]
-    for wrong in ("README, seed 1337, Steps: 7,127, the log says 7,154", "README, seed 1337, Artifact: 15,965,604, the log says 15,873,232",
-                  "README, seed 1337, Pre-TTT bpb: 1.1385, the log says 1.1224", "submission.json: bytes_total: 15965604, the largest in the logs is 15994920"):
+    for wrong in (
+        "README, seed 1337, Steps: 7,127, the log says 7,154",
+        "README, seed 1337, Artifact: 15,965,604, the log says 15,873,232",
+        "README, seed 1337, Pre-TTT bpb: 1.1385, the log says 1.1224",
+        "submission.json: bytes_total: 15965604, the largest in the logs is 15994920",
+    ):
         assert wrong in failed
-    assert sum("final_int8_zlib_roundtrip_exact" in line for line in failed) == 3 and "train_gpt.py: missing" in "".join(failed)
-    assert sum("README, seed" in line for line in failed) == 3 and any(line.startswith("ok") and "submission.json: val_bpb" in line for line in lines)
+    assert sum(
+        "final_int8_zlib_roundtrip_exact" in line for line in failed
+    ) == 3 and "train_gpt.py: missing" in "".join(failed)
+    assert sum("README, seed" in line for line in failed) == 3 and any(
+        line.startswith("ok") and "submission.json: val_bpb" in line for line in lines
+    )
 
 
 @needs_published
-@pytest.mark.parametrize("heading,cell,fine", [
-    ("Pre-quant BPB", "1.1384", True), ("Roundtrip BPB", "1.1459", True), ("TTT time (ms)", "386301", True), ("Size", "15.87 MB", True), ("Params", "26.9", True),
-    ("Size (MB)", "15.97", False), ("Steps", "7154", True), ("ms/step", "83.9", True), ("ms/step", "84.9", False), ("val_loss", "1.8890", True), ("BPB", "1.1189", False)])
+@pytest.mark.parametrize(
+    "heading,cell,fine",
+    [
+        ("Pre-quant BPB", "1.1384", True),
+        ("Roundtrip BPB", "1.1459", True),
+        ("TTT time (ms)", "386301", True),
+        ("Size", "15.87 MB", True),
+        ("Params", "26.9", True),
+        ("Size (MB)", "15.97", False),
+        ("Steps", "7154", True),
+        ("ms/step", "83.9", True),
+        ("ms/step", "84.9", False),
+        ("val_loss", "1.8890", True),
+        ("BPB", "1.1189", False),
+    ],
+)
 def test_headings_of_other_peoples_tables(heading, cell, fine, tmp_path):
     log = read_log(PUBLISHED / "pr1084_slot_seed1337.log")
     text = f"| run | Seed | {heading} |\n|---|---|---|\n| a | **1337** (best) | {cell} |\n| b | Mean | {cell} |\n"
     verdicts = [v for w, v, _ in report.check_readme(text, [log]) if w.startswith("README, ")]
-    assert all(v == fine for v in verdicts) and (verdicts or "time" in heading or heading == "Params")
+    assert all(v == fine for v in verdicts) and (
+        verdicts or "time" in heading or heading == "Params"
+    )
 
 
 @needs_published
 def test_a_log_of_the_lineage_that_is_cut_off_is_not_finished(tmp_path):
     data = (PUBLISHED / "pr1084_slot_seed1337.log").read_bytes()
-    for end in (data.index(b"ttt_sliding:done"), data.index(b"legal_ttt_exact") + 40, data.index(b"legal_ttt val_loss") + 30):
+    for end in (
+        data.index(b"ttt_sliding:done"),
+        data.index(b"legal_ttt_exact") + 40,
+        data.index(b"legal_ttt val_loss") + 30,
+    ):
         (tmp_path / "a.log").write_bytes(data[:end])
         log = read_log(tmp_path / "a.log")
         assert log.eval_seconds is None or log.results["ttt_slot"].val_bpb == 1.1188
         assert log.finished == ("ttt_slot" in log.results)
-    (tmp_path / "two.log").write_bytes(data + b"\n" + (PUBLISHED / "pr1084_slot_seed42.log").read_bytes())
+    (tmp_path / "two.log").write_bytes(
+        data + b"\n" + (PUBLISHED / "pr1084_slot_seed42.log").read_bytes()
+    )
     with pytest.raises(LogError, match="has 2 runs"):
         read_log(tmp_path / "two.log")
-    (tmp_path / "tee.log").write_bytes(b"\n".join(b"[rank0]: " + line for line in data.splitlines()))
-    assert read_log(tmp_path / "tee.log").results == read_log(PUBLISHED / "pr1084_slot_seed1337.log").results
+    (tmp_path / "tee.log").write_bytes(
+        b"\n".join(b"[rank0]: " + line for line in data.splitlines())
+    )
+    assert (
+        read_log(tmp_path / "tee.log").results
+        == read_log(PUBLISHED / "pr1084_slot_seed1337.log").results
+    )
 
 
 @needs_published
@@ -126,7 +209,9 @@ def test_configurations_that_only_the_log_tells_apart_are_not_mixed():
     other.settings["slot_steps"] = "5"
     assert report.differing([one, other]) == ["slot_steps"]
     assert "stages" in report.differing([one, *published("pr1084_baseline*")])
-    assert all(log.eval_seconds > 550 for log in published("pr1488*"))  # with the training on validation tokens
+    assert all(
+        log.eval_seconds > 550 for log in published("pr1488*")
+    )  # with the training on validation tokens
 
 
 @needs_published
@@ -134,7 +219,10 @@ def test_evaluation_time_is_that_of_all_stages(capsys):
     """#1150 stays under 600 s only if TTT is counted alone."""
     assert report.main([*map(str, sorted(PUBLISHED.glob("pr1150*"))), "--check"]) == 1
     out = capsys.readouterr().out
-    assert out.count("FAIL  pr1150_seed") >= 3 and "all evaluation stages within 600 s: 649.9 s together" in out
+    assert (
+        out.count("FAIL  pr1150_seed") >= 3
+        and "all evaluation stages within 600 s: 649.9 s together" in out
+    )
     assert report.submission.__doc__ and report.check.__doc__
     with pytest.raises(LogError, match="not one configuration: .*bytes of code"):
         report.submission(published("pr1313*") + published("pr1488*"))
@@ -142,48 +230,102 @@ def test_evaluation_time_is_that_of_all_stages(capsys):
 
 # ---- logs made here
 
-HEAD = "import torch\nprint('step:1/2 train_loss:9 train_time:1ms step_avg:1ms')\n" + "=" * 100 + "\n"
+HEAD = (
+    "import torch\nprint('step:1/2 train_loss:9 train_time:1ms step_avg:1ms')\n" + "=" * 100 + "\n"
+)
 
 
 def our_log(path, seed=1, ttt=2.5, slot=2.4, finished=True, **settings):
     """A log of this script with a source on top."""
-    told = {"PRESET": "demo", "SEED": seed, "ITERATIONS": 40, "TRAIN_BATCH_TOKENS": 100, "MAX_WALLCLOCK_SECONDS": 0.0, **settings}
-    lines = ["settings: " + " ".join(f"{k}={v}" for k, v in told.items()),
-             "python:3.11.7 torch:2.13.0+cpu numpy:2 device:cpu threads:2 dtype:torch.float32 world_size:1 compile:0"]
-    lines += [f"step:{i}/40 train_loss:{5 - i / 20:.4f} train_time:{i * 10}ms step_avg:10.00ms" for i in range(1, 41)]
-    lines += ["step:40/40 val_loss:2.9000 val_bpb:1.7000 train_time:400ms step_avg:10.00ms", "training steps:40 tokens:4000 train_time:420ms",
-              "final_float_roundtrip val_loss:2.90000000 val_bpb:1.70000000 tokens:10 bytes:20 causal:yes eval_time:5ms", "Code size: 900 bytes",
-              "Total submission size int6+lzma: 2000 bytes"]
-    for label, loss, causal in (("roundtrip", 2.91, "yes"), ("sliding_window", 2.7, "yes"), ("ttt", ttt, "yes"), ("ttt_slot", slot, "no")):
-        lines.append(f"final_artifact_{label} val_loss:{loss:.8f} val_bpb:{loss * 0.6:.8f} tokens:10 bytes:20 causal:{causal} eval_time:1000ms" +
-                     " breaks:C1,C2,C3" * (causal == "no"))
+    told = {
+        "PRESET": "demo",
+        "SEED": seed,
+        "ITERATIONS": 40,
+        "TRAIN_BATCH_TOKENS": 100,
+        "MAX_WALLCLOCK_SECONDS": 0.0,
+        **settings,
+    }
+    lines = [
+        "settings: " + " ".join(f"{k}={v}" for k, v in told.items()),
+        "python:3.11.7 torch:2.13.0+cpu numpy:2 device:cpu threads:2 dtype:torch.float32 world_size:1 compile:0",
+    ]
+    lines += [
+        f"step:{i}/40 train_loss:{5 - i / 20:.4f} train_time:{i * 10}ms step_avg:10.00ms"
+        for i in range(1, 41)
+    ]
+    lines += [
+        "step:40/40 val_loss:2.9000 val_bpb:1.7000 train_time:400ms step_avg:10.00ms",
+        "training steps:40 tokens:4000 train_time:420ms",
+        "final_float_roundtrip val_loss:2.90000000 val_bpb:1.70000000 tokens:10 bytes:20 causal:yes eval_time:5ms",
+        "Code size: 900 bytes",
+        "Total submission size int6+lzma: 2000 bytes",
+    ]
+    for label, loss, causal in (
+        ("roundtrip", 2.91, "yes"),
+        ("sliding_window", 2.7, "yes"),
+        ("ttt", ttt, "yes"),
+        ("ttt_slot", slot, "no"),
+    ):
+        lines.append(
+            f"final_artifact_{label} val_loss:{loss:.8f} val_bpb:{loss * 0.6:.8f} tokens:10 bytes:20 causal:{causal} eval_time:1000ms"
+            + " breaks:C1,C2,C3" * (causal == "no")
+        )
     path.write_text(HEAD + "\n".join(lines + ["eval_total eval_time:3000ms"] * finished) + "\n")
     return path
 
 
 def test_our_own_log_is_read_whole_and_its_source_is_not(tmp_path):
     log = read_log(our_log(tmp_path / "a.txt", 7))
-    assert (log.style, log.seed, log.steps, log.step_avg, log.eval_seconds, log.total_bytes) == ("this script", 7, 40, 10.0, 3.0, 2000)
-    assert log.train.shape == (40, 3) and log.train[0].tolist() == [1, 4.95, 10] and log.finished and log.hardware == "cpu threads:2"
+    assert (log.style, log.seed, log.steps, log.step_avg, log.eval_seconds, log.total_bytes) == (
+        "this script",
+        7,
+        40,
+        10.0,
+        3.0,
+        2000,
+    )
+    assert (
+        log.train.shape == (40, 3)
+        and log.train[0].tolist() == [1, 4.95, 10]
+        and log.finished
+        and log.hardware == "cpu threads:2"
+    )
     assert {s: (r.val_loss, r.causal) for s, r in log.results.items()} == dict(
-        roundtrip=(2.91, True), sliding_window=(2.7, True), ttt=(2.5, True), ttt_slot=(2.4, False))
-    assert log.score.stage == "ttt_slot" and log.averaged.val_bpb == 1.7 and log.prequant.val_bpb == 1.7 and log.results["ttt"].bytes == 20
+        roundtrip=(2.91, True), sliding_window=(2.7, True), ttt=(2.5, True), ttt_slot=(2.4, False)
+    )
+    assert (
+        log.score.stage == "ttt_slot"
+        and log.averaged.val_bpb == 1.7
+        and log.prequant.val_bpb == 1.7
+        and log.results["ttt"].bytes == 20
+    )
 
 
 def test_a_run_that_was_resumed_counts_each_step_once(tmp_path):
     path = our_log(tmp_path / "a.txt")
-    text = path.read_text().replace("step:31/40", "resuming from x\nstep:30/40 train_loss:1.0000 train_time:999ms step_avg:1ms\nstep:31/40")
+    text = path.read_text().replace(
+        "step:31/40",
+        "resuming from x\nstep:30/40 train_loss:1.0000 train_time:999ms step_avg:1ms\nstep:31/40",
+    )
     path.write_text(text)
     log = read_log(path)
-    assert len(log.train) == 40 and log.train[29].tolist() == [30, 1, 999] and log.resumed == 1 and (np.diff(log.train[:, 0]) == 1).all()
+    assert (
+        len(log.train) == 40
+        and log.train[29].tolist() == [30, 1, 999]
+        and log.resumed == 1
+        and (np.diff(log.train[:, 0]) == 1).all()
+    )
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.6, 0.8, 0.95])
 def test_a_log_that_is_cut_off_says_what_it_can(cut, tmp_path, capsys):
     path = our_log(tmp_path / "a.txt")
     data = path.read_bytes()
-    path.write_bytes(data[:int(len(data) * cut)])
-    assert report.main([str(path)]) == 0 and "a.txt: the run did not finish." in capsys.readouterr().out
+    path.write_bytes(data[: int(len(data) * cut)])
+    assert (
+        report.main([str(path)]) == 0
+        and "a.txt: the run did not finish." in capsys.readouterr().out
+    )
     assert report.main([str(path), "--check"]) == 1
 
 
@@ -206,25 +348,79 @@ final_int8_zlib_roundtrip val_loss:2.0727 val_bpb:1.2244 eval_time:1401ms
 final_int8_zlib_roundtrip_exact val_loss:2.07269931 val_bpb:1.22436570
 """)
     log = read_log(path)
-    assert (log.style, log.seed, log.steps, log.total_bytes, round(log.step_avg, 2), log.batch_tokens) == ("baseline", 5, 13780, 15863489, 43.54, 524288)
-    assert log.results["roundtrip"].val_bpb == 1.2243657 and log.results["roundtrip"].seconds == 1.401 and not log.mislabelled and len(log.train) == 1
+    assert (
+        log.style,
+        log.seed,
+        log.steps,
+        log.total_bytes,
+        round(log.step_avg, 2),
+        log.batch_tokens,
+    ) == ("baseline", 5, 13780, 15863489, 43.54, 524288)
+    assert (
+        log.results["roundtrip"].val_bpb == 1.2243657
+        and log.results["roundtrip"].seconds == 1.401
+        and not log.mislabelled
+        and len(log.train) == 1
+    )
 
 
 def test_table_csv_and_update(tmp_path, capsys):
     paths = [our_log(tmp_path / f"s{i}.txt", i, 2.5 + i / 100) for i in (1, 2, 3)]
     (tmp_path / "README.md").write_text("a\n<!-- s1 s2 s3 -->\nold\n<!-- end -->\nb\n")
-    assert report.main([*map(str, paths), "--csv", str(tmp_path / "t.csv"), "--update", str(tmp_path / "README.md")]) == 0
+    assert (
+        report.main(
+            [
+                *map(str, paths),
+                "--csv",
+                str(tmp_path / "t.csv"),
+                "--update",
+                str(tmp_path / "README.md"),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
-    assert rows[0] == ["seed", "steps", "step average", "before averaging", "float", "roundtrip", "sliding", "TTT", "TTT+SLOT", "evaluation", "artifact + code"]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in out.splitlines()
+        if line.startswith("|")
+    ]
+    assert rows[0] == [
+        "seed",
+        "steps",
+        "step average",
+        "before averaging",
+        "float",
+        "roundtrip",
+        "sliding",
+        "TTT",
+        "TTT+SLOT",
+        "evaluation",
+        "artifact + code",
+    ]
     values = [0.6 * (2.5 + i / 100) for i in (1, 2, 3)]
-    assert rows[2][7] == "1.5060" and rows[5][0] == "mean" and rows[5][7] == f"{statistics.mean(values):.4f}" and rows[6][7] == f"{statistics.stdev(values):.5f}"
-    assert "Not causal, no compression result: TTT+SLOT (breaks C1,C2,C3)." in out and "10 targets, 20 bytes of text scored." in out
+    assert (
+        rows[2][7] == "1.5060"
+        and rows[5][0] == "mean"
+        and rows[5][7] == f"{statistics.mean(values):.4f}"
+        and rows[6][7] == f"{statistics.stdev(values):.5f}"
+    )
+    assert (
+        "Not causal, no compression result: TTT+SLOT (breaks C1,C2,C3)." in out
+        and "10 targets, 20 bytes of text scored." in out
+    )
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("a\n<!-- s1 s2 s3 -->\n| seed | steps") and text.endswith("<!-- end -->\nb\n") and "old" not in text
+    assert (
+        text.startswith("a\n<!-- s1 s2 s3 -->\n| seed | steps")
+        and text.endswith("<!-- end -->\nb\n")
+        and "old" not in text
+    )
     assert (tmp_path / "t.csv").read_text().splitlines()[1].startswith("1,40,10.0 ms,1.7000")
     assert report.main([str(paths[0]), "--update", str(tmp_path / "README.md")]) == 2
-    assert "needs the markers <!-- s1 --> and <!-- end --> once, has them 0 times" in capsys.readouterr().err
+    assert (
+        "needs the markers <!-- s1 --> and <!-- end --> once, has them 0 times"
+        in capsys.readouterr().err
+    )
 
 
 def test_welch_is_scipys_and_hand_checked(tmp_path, capsys):
@@ -232,20 +428,42 @@ def test_welch_is_scipys_and_hand_checked(tmp_path, capsys):
     for margin in (0.005, 0.0):
         t, freedom, p = report.welch(ours, theirs, margin)
         a, b = statistics.variance(ours) / 3, statistics.variance(theirs) / 4
-        assert t == pytest.approx((statistics.mean(theirs) - statistics.mean(ours) - margin) / math.sqrt(a + b))
-        assert freedom == pytest.approx((a + b) ** 2 / (a * a / 2 + b * b / 3)) and p == pytest.approx(stats.t.sf(t, freedom))
+        assert t == pytest.approx(
+            (statistics.mean(theirs) - statistics.mean(ours) - margin) / math.sqrt(a + b)
+        )
+        assert freedom == pytest.approx(
+            (a + b) ** 2 / (a * a / 2 + b * b / 3)
+        ) and p == pytest.approx(stats.t.sf(t, freedom))
     n = report.needed(ours, theirs, 0.005)
-    assert n == min(m for m in range(2, 50) if stats.t.sf(
-        (statistics.mean(theirs) - statistics.mean(ours) - 0.005) / math.sqrt((statistics.variance(ours) + statistics.variance(theirs)) / m),
-        (m - 1) * (statistics.variance(ours) + statistics.variance(theirs)) ** 2 / (statistics.variance(ours) ** 2 + statistics.variance(theirs) ** 2)) < 0.01)
+    assert n == min(
+        m
+        for m in range(2, 50)
+        if stats.t.sf(
+            (statistics.mean(theirs) - statistics.mean(ours) - 0.005)
+            / math.sqrt((statistics.variance(ours) + statistics.variance(theirs)) / m),
+            (m - 1)
+            * (statistics.variance(ours) + statistics.variance(theirs)) ** 2
+            / (statistics.variance(ours) ** 2 + statistics.variance(theirs) ** 2),
+        )
+        < 0.01
+    )
     assert report.needed(theirs, ours, 0.0) is None
     better = [our_log(tmp_path / f"a{i}.txt", i, slot=2.4 + i / 1000) for i in (1, 2, 3)]
     worse = [our_log(tmp_path / f"b{i}.txt", i, slot=2.45 + i / 1000) for i in (1, 2, 3)]
     assert report.main([*map(str, better), "--against", *map(str, worse)]) == 0
     out = capsys.readouterr().out
-    assert "TTT+SLOT: 3 seeds, mean 2.402000 nats; against TTT+SLOT: 3 seeds, mean 2.452000; difference -0.050000" in out
-    assert "better by more than 0.005 nats: t 55.11, 4.0 degrees of freedom, p 3.2e-07 (Welch, one-sided); 2 seeds a side" in out
-    assert report.main([str(better[0]), "--against", str(worse[0]), "--stage", "ttt"]) == 0 and "needs two seeds on each side" in capsys.readouterr().out
+    assert (
+        "TTT+SLOT: 3 seeds, mean 2.402000 nats; against TTT+SLOT: 3 seeds, mean 2.452000; difference -0.050000"
+        in out
+    )
+    assert (
+        "better by more than 0.005 nats: t 55.11, 4.0 degrees of freedom, p 3.2e-07 (Welch, one-sided); 2 seeds a side"
+        in out
+    )
+    assert (
+        report.main([str(better[0]), "--against", str(worse[0]), "--stage", "ttt"]) == 0
+        and "needs two seeds on each side" in capsys.readouterr().out
+    )
 
 
 def test_paired_where_both_sides_saved_their_nats(tmp_path, capsys):
@@ -256,27 +474,74 @@ def test_paired_where_both_sides_saved_their_nats(tmp_path, capsys):
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "nll_ttt_slot.npy", hard + shift + rng.normal(0, 0.1, 40_000))
     assert report.main([str(tmp_path / "a.txt"), "--against", str(tmp_path / "b.txt")]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("seed 5, paired over 39 blocks"))
-    gain, error, p = map(float, re.search(r"targets: (\S+) \+- (\S+) nats, p (\S+)$", line).groups())
+    line = next(
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("seed 5, paired over 39 blocks")
+    )
+    gain, error, p = map(
+        float, re.search(r"targets: (\S+) \+- (\S+) nats, p (\S+)$", line).groups()
+    )
     assert -0.013 < gain < -0.007 and error < 0.002 and p < 1e-6
 
 
 def test_submission_says_only_what_the_logs_say_and_refuses_a_mixture(tmp_path, capsys):
     paths = [our_log(tmp_path / f"s{i}.txt", i, 2.5 + i / 100) for i in (1, 2, 3)]
     target = tmp_path / "submission.json"
-    assert report.main([*map(str, paths), "--submission", str(target), "--author", "somebody", "--date", "2026-11-21"]) == 0
+    assert (
+        report.main(
+            [
+                *map(str, paths),
+                "--submission",
+                str(target),
+                "--author",
+                "somebody",
+                "--date",
+                "2026-11-21",
+            ]
+        )
+        == 0
+    )
     found = json.loads(target.read_text())
-    assert (found["metric"], found["author"], found["github_id"], found["val_loss"]) == ("final_artifact_ttt", "somebody", None, 2.52)
-    assert found["val_loss_std"] == 0.01 and found["seeds"] == [1, 2, 3] and found["bytes_total"] == 2000 and found["hardware"] == "cpu threads:2, 1 process"
-    assert found["compliance"] == dict(train_under_600s=True, eval_under_600s=True, artifact_under_16mb=True, score_first=True, causal=True, three_seeds=True,
-                                       one_configuration=True)
-    assert report.main([*map(str, paths), "--submission", str(target)]) == 0 and json.loads(target.read_text())["author"] == "somebody"  # kept
+    assert (found["metric"], found["author"], found["github_id"], found["val_loss"]) == (
+        "final_artifact_ttt",
+        "somebody",
+        None,
+        2.52,
+    )
+    assert (
+        found["val_loss_std"] == 0.01
+        and found["seeds"] == [1, 2, 3]
+        and found["bytes_total"] == 2000
+        and found["hardware"] == "cpu threads:2, 1 process"
+    )
+    assert found["compliance"] == dict(
+        train_under_600s=True,
+        eval_under_600s=True,
+        artifact_under_16mb=True,
+        score_first=True,
+        causal=True,
+        three_seeds=True,
+        one_configuration=True,
+    )
+    assert (
+        report.main([*map(str, paths), "--submission", str(target)]) == 0
+        and json.loads(target.read_text())["author"] == "somebody"
+    )  # kept
     (tmp_path / "s2.txt").write_text(paths[1].read_text().replace("Total submission size", "Size"))
-    assert report.submission([read_log(p) for p in paths])["compliance"]["artifact_under_16mb"] is None
+    assert (
+        report.submission([read_log(p) for p in paths])["compliance"]["artifact_under_16mb"] is None
+    )
     before = target.read_text()
     our_log(paths[2], 3, ITERATIONS=41)
-    assert report.main([*map(str, paths), "--submission", str(target)]) == 2 and target.read_text() == before
-    assert "not one configuration: ITERATIONS differ between s1.txt, s2.txt, s3.txt" in capsys.readouterr().err
+    assert (
+        report.main([*map(str, paths), "--submission", str(target)]) == 2
+        and target.read_text() == before
+    )
+    assert (
+        "not one configuration: ITERATIONS differ between s1.txt, s2.txt, s3.txt"
+        in capsys.readouterr().err
+    )
 
 
 def test_check_of_good_logs_passes_and_of_each_fault_fails(tmp_path, capsys):
@@ -284,24 +549,50 @@ def test_check_of_good_logs_passes_and_of_each_fault_fails(tmp_path, capsys):
     folder.mkdir()
     for i in (1, 2, 3):
         path = our_log(folder / f"train_seed{i}.log", i, 2.5 + i / 100)
-        path.write_text("\n".join(line for line in path.read_text().splitlines() if "ttt_slot" not in line) + "\n")
+        path.write_text(
+            "\n".join(line for line in path.read_text().splitlines() if "ttt_slot" not in line)
+            + "\n"
+        )
     (folder / "train_gpt.py").write_text("x" * 900)
-    (folder / "README.md").write_text("| seed | steps | bpb | bytes |\n|---|---|---|---|\n" + "".join(f"| {i} | 40 | {0.6 * (2.5 + i / 100):.4f} | 2,000 |\n" for i in (1, 2, 3)))
-    (folder / "submission.json").write_text(json.dumps({"val_loss": 2.52, "val_bpb": 1.512, "bytes_total": 2000}))
+    (folder / "README.md").write_text(
+        "| seed | steps | bpb | bytes |\n|---|---|---|---|\n"
+        + "".join(f"| {i} | 40 | {0.6 * (2.5 + i / 100):.4f} | 2,000 |\n" for i in (1, 2, 3))
+    )
+    (folder / "submission.json").write_text(
+        json.dumps({"val_loss": 2.52, "val_bpb": 1.512, "bytes_total": 2000})
+    )
     assert report.main([str(folder), "--check"]) == 0
     assert "README has a table of seeds: 9 cells compared" in capsys.readouterr().out
     good = {p: p.read_text() for p in folder.iterdir()}
     log = folder / "train_seed2.log"
     for path, old, new, told in (
-            (log, "eval_total eval_time:3000ms", "eval_total eval_time:601000ms", "all evaluation stages within 600 s: 601.0 s"),
-            (log, "train_time:420ms", "train_time:660000ms", "training within 600 s: 660.0 s"), (log, "lzma: 2000", "lzma: 16000000", "under 16,000,000 bytes: 16,000,000"),
-            (log, "SEED=2", "SEED=1", "seeds differ"), (log, "PRESET=demo", "PRESET=pr1084", "settings equal over seeds: PRESET"),
-            (log, "eval_total eval_time:3000ms\n", "", "no final score"), (folder / "README.md", "| 2 | 40", "| 2 | 39", "README, seed 2, steps: 39, the log says 40"),
-            (folder / "train_gpt.py", "x", "", "train_gpt.py is what the logs counted: 0 bytes"), (folder / "submission.json", "1.512", "1.522", "submission.json: val_bpb"),
-            (folder / "submission.json", "{", "", "submission.json is JSON")):
+        (
+            log,
+            "eval_total eval_time:3000ms",
+            "eval_total eval_time:601000ms",
+            "all evaluation stages within 600 s: 601.0 s",
+        ),
+        (log, "train_time:420ms", "train_time:660000ms", "training within 600 s: 660.0 s"),
+        (log, "lzma: 2000", "lzma: 16000000", "under 16,000,000 bytes: 16,000,000"),
+        (log, "SEED=2", "SEED=1", "seeds differ"),
+        (log, "PRESET=demo", "PRESET=pr1084", "settings equal over seeds: PRESET"),
+        (log, "eval_total eval_time:3000ms\n", "", "no final score"),
+        (
+            folder / "README.md",
+            "| 2 | 40",
+            "| 2 | 39",
+            "README, seed 2, steps: 39, the log says 40",
+        ),
+        (folder / "train_gpt.py", "x", "", "train_gpt.py is what the logs counted: 0 bytes"),
+        (folder / "submission.json", "1.512", "1.522", "submission.json: val_bpb"),
+        (folder / "submission.json", "{", "", "submission.json is JSON"),
+    ):
         path.write_text(good[path].replace(old, new))
         assert report.main([str(folder), "--check"]) == 1
-        assert any(line.startswith("FAIL") and told in line for line in capsys.readouterr().out.splitlines()), told
+        assert any(
+            line.startswith("FAIL") and told in line
+            for line in capsys.readouterr().out.splitlines()
+        ), told
         path.write_text(good[path])
 
 
@@ -309,19 +600,45 @@ def test_the_table_that_this_tool_makes_passes_its_own_check(tmp_path, capsys):
     folder = tmp_path / "record"
     folder.mkdir()
     paths = [our_log(folder / f"s{i}.txt", i, 2.5 + i / 100) for i in (1, 2, 3)]
-    (folder / "README.md").write_text("<!-- s1 s2 s3 -->\n<!-- end -->\n\n| seed | bpb |\n|---|---|\n| 9 | 1.0 |\n")
-    assert report.main([*map(str, paths), "--update", str(folder / "README.md"), "--submission", str(folder / "submission.json")]) == 0
+    (folder / "README.md").write_text(
+        "<!-- s1 s2 s3 -->\n<!-- end -->\n\n| seed | bpb |\n|---|---|\n| 9 | 1.0 |\n"
+    )
+    assert (
+        report.main(
+            [
+                *map(str, paths),
+                "--update",
+                str(folder / "README.md"),
+                "--submission",
+                str(folder / "submission.json"),
+            ]
+        )
+        == 0
+    )
     capsys.readouterr()
     report.main([str(folder), "--check"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if "README, " in line or "submission.json: " in line]
-    assert len(lines) > 50 and [line for line in lines if not line.startswith("ok")] == ["FAIL  README, seed 9: no log of this seed"]
+    lines = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if "README, " in line or "submission.json: " in line
+    ]
+    assert len(lines) > 50 and [line for line in lines if not line.startswith("ok")] == [
+        "FAIL  README, seed 9: no log of this seed"
+    ]
     text = (folder / "submission.json").read_text()
-    for old, new, told in (('"val_bpb_std": 0.006', '"val_bpb_std": 0.5', "val_bpb_std"), ('"bytes_code": 900', '"bytes_code": 3', "bytes_code"),
-                           ('"train_under_600s": true', '"train_under_600s": false', "compliance"), ('"causal": true,\n  "seeds"', '"causal": false,\n  "seeds"', "causal")):
+    for old, new, told in (
+        ('"val_bpb_std": 0.006', '"val_bpb_std": 0.5', "val_bpb_std"),
+        ('"bytes_code": 900', '"bytes_code": 3', "bytes_code"),
+        ('"train_under_600s": true', '"train_under_600s": false', "compliance"),
+        ('"causal": true,\n  "seeds"', '"causal": false,\n  "seeds"', "causal"),
+    ):
         assert old in text
         (folder / "submission.json").write_text(text.replace(old, new))
         assert report.main([str(folder), "--check"]) == 1
-        assert any(line.startswith(f"FAIL  submission.json: {told}") for line in capsys.readouterr().out.splitlines()), told
+        assert any(
+            line.startswith(f"FAIL  submission.json: {told}")
+            for line in capsys.readouterr().out.splitlines()
+        ), told
     for odd in ("[1]", '{"val_bpb": "1.5"}'):
         (folder / "submission.json").write_text(odd)
         report.main([str(folder), "--check"])
@@ -330,29 +647,57 @@ def test_the_table_that_this_tool_makes_passes_its_own_check(tmp_path, capsys):
 def test_our_console_output_alone_is_ours_too(tmp_path):
     path = our_log(tmp_path / "a.txt")
     text = path.read_text()
-    path.write_text(text[text.index("python:"):])
+    path.write_text(text[text.index("python:") :])
     log = read_log(path)
-    assert log.style == "this script" and log.eval_seconds == 3 and log.results["ttt"].causal and not log.results["ttt_slot"].causal
+    assert (
+        log.style == "this script"
+        and log.eval_seconds == 3
+        and log.results["ttt"].causal
+        and not log.results["ttt_slot"].causal
+    )
 
 
 def test_a_score_that_is_not_finite_is_reported_and_not_submitted(tmp_path, capsys):
     paths = [our_log(tmp_path / f"s{i}.txt", i) for i in (1, 2)]
-    paths[1].write_text(paths[1].read_text().replace("final_artifact_ttt val_loss:2.50000000 val_bpb:1.50000000", "final_artifact_ttt val_loss:nan val_bpb:nan"))
-    assert report.main([*map(str, paths), "--submission", str(tmp_path / "s.json")]) == 2 and not (tmp_path / "s.json").exists()
+    paths[1].write_text(
+        paths[1]
+        .read_text()
+        .replace(
+            "final_artifact_ttt val_loss:2.50000000 val_bpb:1.50000000",
+            "final_artifact_ttt val_loss:nan val_bpb:nan",
+        )
+    )
+    assert (
+        report.main([*map(str, paths), "--submission", str(tmp_path / "s.json")]) == 2
+        and not (tmp_path / "s.json").exists()
+    )
     assert "a score is not finite" in capsys.readouterr().err
 
 
 def test_files_that_are_no_logs_get_one_line_each_and_the_others_are_reported(tmp_path, capsys):
     good = our_log(tmp_path / "good.txt", 9)
-    bad = {"empty": b"", "binary": random.Random(0).randbytes(5000), "text": b"once upon a time\n" * 50, "number": b"\nstep:1/2 train_loss:x train_time:1ms\n",
-           "long": b"a" * 9_000_000}
+    bad = {
+        "empty": b"",
+        "binary": random.Random(0).randbytes(5000),
+        "text": b"once upon a time\n" * 50,
+        "number": b"\nstep:1/2 train_loss:x train_time:1ms\n",
+        "long": b"a" * 9_000_000,
+    }
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
-    assert report.main([*(str(tmp_path / name) for name in bad), str(tmp_path / "missing"), str(good)]) == 2
+    assert (
+        report.main([*(str(tmp_path / name) for name in bad), str(tmp_path / "missing"), str(good)])
+        == 2
+    )
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert len(lines) == 6 and all(line.startswith(f"error: {tmp_path}/") for line in lines)
-    assert "is empty" in lines[0] and "is binary" in lines[1] and "no line of a training log" in lines[2] and "No such file" in lines[5]
+    assert (
+        "is empty" in lines[0]
+        and "is binary" in lines[1]
+        and "no line of a training log" in lines[2]
+        and "No such file" in lines[5]
+    )
     assert "| 9    | 40" in captured.out
     assert report.main([]) == 2
 
@@ -360,7 +705,9 @@ def test_files_that_are_no_logs_get_one_line_each_and_the_others_are_reported(tm
 def test_figures_are_written_as_png_and_svg(tmp_path):
     paths = [our_log(tmp_path / f"s{i}.txt", i) for i in (1, 2)]
     assert report.main([*map(str, paths), "--plot", str(tmp_path / "fig.png")]) == 0
-    assert (tmp_path / "fig.png").read_bytes().startswith(b"\x89PNG") and "training tokens, millions" in (tmp_path / "fig.svg").read_text().replace("<!-- ", "")
+    assert (tmp_path / "fig.png").read_bytes().startswith(
+        b"\x89PNG"
+    ) and "training tokens, millions" in (tmp_path / "fig.svg").read_text().replace("<!-- ", "")
     (tmp_path / "s1").mkdir()
     np.save(tmp_path / "s1" / "nll_ttt_slot.npy", np.full(1000, 2.4))
     points = report.figures.running(read_log(paths[0]))
@@ -370,14 +717,28 @@ def test_figures_are_written_as_png_and_svg(tmp_path):
 def test_following_a_run_shows_where_it_is(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     whole = our_log(path, MAX_WALLCLOCK_SECONDS=0.8).read_text()
-    stages = [HEAD, whole[:whole.index("step:21/40")], whole[:whole.index("final_artifact_ttt ")], whole]
+    stages = [
+        HEAD,
+        whole[: whole.index("step:21/40")],
+        whole[: whole.index("final_artifact_ttt ")],
+        whole,
+    ]
     path.write_text(stages.pop(0))
     monkeypatch.setattr(time, "sleep", lambda seconds: path.write_text(stages.pop(0)))
     out = io.StringIO()
     report.follow(path, out=out)
     lines = out.getvalue().splitlines()
-    assert lines[0] == "starting" and "step 20/40  loss 4.0000  10,000 tokens/s  0 s left" in lines[1] and lines[1].startswith("[#") and " 50 %" in lines[1]
-    assert lines[2] == "evaluating  roundtrip 1.7460  sliding 1.6200" and lines[3].startswith("done: ") and "TTT+SLOT 1.4400" in lines[3]
+    assert (
+        lines[0] == "starting"
+        and "step 20/40  loss 4.0000  10,000 tokens/s  0 s left" in lines[1]
+        and lines[1].startswith("[#")
+        and " 50 %" in lines[1]
+    )
+    assert (
+        lines[2] == "evaluating  roundtrip 1.7460  sliding 1.6200"
+        and lines[3].startswith("done: ")
+        and "TTT+SLOT 1.4400" in lines[3]
+    )
     assert report.main(["--follow", str(tmp_path / "none")]) == 2
     assert all(len(report.status_line(read_log(path), width)) <= width for width in (20, 60, 200))
 
@@ -387,9 +748,12 @@ def test_200_megabytes_take_little_time_and_memory(tmp_path):
     """In a process of its own, whose memory is read when it ends; the time is held against plainly reading the lines."""
     path, rng = tmp_path / "big.txt", random.Random(0)
     whole = our_log(tmp_path / "a.txt").read_text()
-    head, tail = whole[:whole.index("step:1/40")], whole[whole.index("step:40/40 val"):]
-    block = "".join(f"step:{{}}/9000000 train_loss:{rng.uniform(2, 3):.4f} train_time:{i * 84}ms step_avg:84.00ms\n"
-                    f"progress:sliding_window window:{i}/99999 chunk:1/1 seconds:{i / 7:.1f}\n" for i in range(10_000))
+    head, tail = whole[: whole.index("step:1/40")], whole[whole.index("step:40/40 val") :]
+    block = "".join(
+        f"step:{{}}/9000000 train_loss:{rng.uniform(2, 3):.4f} train_time:{i * 84}ms step_avg:84.00ms\n"
+        f"progress:sliding_window window:{i}/99999 chunk:1/1 seconds:{i / 7:.1f}\n"
+        for i in range(10_000)
+    )
     with open(path, "w") as file:
         file.write(head)
         for k in range(1000):
@@ -397,16 +761,24 @@ def test_200_megabytes_take_little_time_and_memory(tmp_path):
             if file.tell() > 200e6:
                 break
         file.write(tail)
-    code = (f"import sys, time; sys.path.insert(0, {str(ROOT / 'tools')!r}); import logs; began = time.perf_counter(); log = logs.read_log({str(path)!r}); "
-            "spent = time.perf_counter() - began; began = time.perf_counter(); n = sum(1 for line in open(sys.argv[1]) if line.startswith('step:')); "
-            "print(len(log.train), n, log.finished, spent, time.perf_counter() - began, open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT / 'tools')!r}); import logs; began = time.perf_counter(); log = logs.read_log({str(path)!r}); "
+        "spent = time.perf_counter() - began; began = time.perf_counter(); n = sum(1 for line in open(sys.argv[1]) if line.startswith('step:')); "
+        "print(len(log.train), n, log.finished, spent, time.perf_counter() - began, open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows, plain, finished, spent, reading, memory = done.stdout.split()
-    assert finished == "True" and int(rows) in (int(plain) - 1, int(plain)) and float(memory) / 1024 < 300 and float(spent) < 12 * float(reading)
+    assert (
+        finished == "True"
+        and int(rows) in (int(plain) - 1, int(plain))
+        and float(memory) / 1024 < 300
+        and float(spent) < 12 * float(reading)
+    )
     assert Path(path).stat().st_size > 200e6
 
 
 def test_stages_are_those_of_the_script():
     import train_gpt
+
     assert set(STAGES) == set(train_gpt.EVALS)

@@ -1,4 +1,5 @@
 """A run that is stopped, killed or starved goes on as if nothing had happened, and says clearly what stopped it."""
+
 import gc
 import json
 import os
@@ -17,7 +18,9 @@ import soak
 import torch
 from conftest import ROOT, TINY, process, read_metrics, t, timeless
 
-EVERYTHING = dict(EVALS="roundtrip,sliding_window,ttt,ttt_slot", SAVE_EVERY="3", TRAIN_LOG_EVERY="1", SAVE_NLL="1")
+EVERYTHING = dict(
+    EVALS="roundtrip,sliding_window,ttt,ttt_slot", SAVE_EVERY="3", TRAIN_LOG_EVERY="1", SAVE_NLL="1"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +38,7 @@ def stop_after(monkeypatch, name, calls):
         if next(count) == calls:
             t.STOPS.append((signal.SIGTERM, time.perf_counter()))
         return function(*args, **kw)
+
     monkeypatch.setattr(t, name, spy)
 
 
@@ -63,22 +67,39 @@ def same(one, other):
     assert one == other
 
 
-@pytest.mark.parametrize("changes", [{}, dict(EMA_ENABLED="0", TIE_EMBEDDINGS="0", LATE_QAT_THRESHOLD="0.9"), dict(SWA_ENABLED="0"),
-                                     dict(RECUR_LAYERS="1", RECUR_START="4", PREQUANT_TTT_ENABLED="1", PREQUANT_TTT_EPOCHS="1")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(EMA_ENABLED="0", TIE_EMBEDDINGS="0", LATE_QAT_THRESHOLD="0.9"),
+        dict(SWA_ENABLED="0"),
+        dict(RECUR_LAYERS="1", RECUR_START="4", PREQUANT_TTT_ENABLED="1", PREQUANT_TTT_EPOCHS="1"),
+    ],
+)
 @pytest.mark.parametrize("step", [1, 4, 11])
 def test_training_goes_on_bit_for_bit(step, changes, tiny, monkeypatch):
     changes = {**EVERYTHING, **changes}
     whole = tiny(RUN_ID="whole", **changes)
     stopped(tiny, monkeypatch, "train_step", step, RUN_ID="part", **changes)
     name = f"checkpoint.{step:09d}.ckpt"
-    assert name in os.listdir("logs/part") and "saved" not in Path("logs/part.txt").read_text().splitlines()[-1]
+    assert (
+        name in os.listdir("logs/part")
+        and "saved" not in Path("logs/part.txt").read_text().splitlines()[-1]
+    )
     same(tiny(RUN_ID="part", RESUME="1", **changes), whole)
     text = Path("logs/part.txt").read_text()
-    assert f"resuming from logs/part/{name}\n" in text and text.count("\nlate_qat:on") == whole_count("late_qat:on")
-    files, others = ({f for f in os.listdir(f"logs/{r}") if not f.startswith("checkpoint")} for r in ("part", "whole"))
+    assert f"resuming from logs/part/{name}\n" in text and text.count(
+        "\nlate_qat:on"
+    ) == whole_count("late_qat:on")
+    files, others = (
+        {f for f in os.listdir(f"logs/{r}") if not f.startswith("checkpoint")}
+        for r in ("part", "whole")
+    )
     assert files == others and len(files) == 6
     for label in ("ttt_slot", "roundtrip"):
-        assert (np.load(f"logs/part/nll_{label}.npy") == np.load(f"logs/whole/nll_{label}.npy")).all()
+        assert (
+            np.load(f"logs/part/nll_{label}.npy") == np.load(f"logs/whole/nll_{label}.npy")
+        ).all()
     results = re.findall(r"^final_\S+", text, re.M)
     assert len(results) == len(set(results)) == 5
 
@@ -87,13 +108,26 @@ def whole_count(words):
     return Path("logs/whole.txt").read_text().count("\n" + words)
 
 
-@pytest.mark.parametrize("evals,changes", [("roundtrip", {}), ("sliding_window", {}), ("ttt,ttt_slot", {}), ("ttt_slot", dict(SLOT_LOSS="past")),
-                                           ("slot", dict(SLOT_LOSS="past", SLOT_DELTA="window")), ("ttt", dict(TTT_MOMENTUM="0")),
-                                           ("ctw", dict(SLOT_ENABLED="0", CTW_WEIGHT="0.3", CTW_ENTROPY_THRESHOLD="0"))])
+@pytest.mark.parametrize(
+    "evals,changes",
+    [
+        ("roundtrip", {}),
+        ("sliding_window", {}),
+        ("ttt,ttt_slot", {}),
+        ("ttt_slot", dict(SLOT_LOSS="past")),
+        ("slot", dict(SLOT_LOSS="past", SLOT_DELTA="window")),
+        ("ttt", dict(TTT_MOMENTUM="0")),
+        ("ctw", dict(SLOT_ENABLED="0", CTW_WEIGHT="0.3", CTW_ENTROPY_THRESHOLD="0")),
+    ],
+)
 @pytest.mark.parametrize("batch", [2, 5])
-def test_evaluation_goes_on_with_the_same_digits_and_does_not_begin_anew(batch, evals, changes, tiny, monkeypatch):
+def test_evaluation_goes_on_with_the_same_digits_and_does_not_begin_anew(
+    batch, evals, changes, tiny, monkeypatch
+):
     tiny(RUN_ID="model", EVALS="none")
-    env = dict(LOAD_ARTIFACT="logs/model/final_model.ptz", EVALS=evals, VAL_BATCH_SIZE="96", **changes)
+    env = dict(
+        LOAD_ARTIFACT="logs/model/final_model.ptz", EVALS=evals, VAL_BATCH_SIZE="96", **changes
+    )
     whole, calls = tiny(RUN_ID="whole", **env), []
     stopped(tiny, monkeypatch, "score_batch", batch, RUN_ID="part", **env)
     assert any(f.startswith("progress_artifact_") for f in os.listdir("logs/part"))
@@ -102,26 +136,41 @@ def test_evaluation_goes_on_with_the_same_digits_and_does_not_begin_anew(batch, 
     again = tiny(RUN_ID="part", RESUME="1", **env)
     same(again, whole)
     total = len(t.plan_windows(576, 32, 32 if evals == "roundtrip" else 8)[0])
-    assert len(calls) < -(-total // 3) - batch + 8 and "resuming from logs/part/progress_artifact_" in Path("logs/part.txt").read_text()
+    assert (
+        len(calls) < -(-total // 3) - batch + 8
+        and "resuming from logs/part/progress_artifact_" in Path("logs/part.txt").read_text()
+    )
     assert not [f for f in os.listdir("logs/part") if f.startswith("progress")]
 
 
 def test_time_before_a_stop_counts(tiny, monkeypatch):
     tiny(RUN_ID="model", EVALS="none")
-    env = dict(LOAD_ARTIFACT="logs/model/final_model.ptz", EVALS="sliding_window", VAL_BATCH_SIZE="96")
+    env = dict(
+        LOAD_ARTIFACT="logs/model/final_model.ptz", EVALS="sliding_window", VAL_BATCH_SIZE="96"
+    )
     score = t.score_batch
     with monkeypatch.context() as patch:
         patch.setattr(t, "score_batch", lambda *args: time.sleep(0.1) or score(*args))
         stopped(tiny, patch, "score_batch", 5, RUN_ID="part", **env)
     again = tiny(RUN_ID="part", RESUME="1", **env)
-    assert 500 <= again["final_artifact_sliding_window"]["eval_time"] <= again["eval_total"]["eval_time"] + 1e-6
+    assert (
+        500
+        <= again["final_artifact_sliding_window"]["eval_time"]
+        <= again["eval_total"]["eval_time"] + 1e-6
+    )
 
 
 def test_a_finished_run_is_left_as_it_is(tiny):
     first = tiny(RUN_ID="one", **EVERYTHING)
-    size, artifact = Path("logs/one/metrics.jsonl").stat().st_size, Path("logs/one/final_model.ptz").stat().st_mtime_ns
+    size, artifact = (
+        Path("logs/one/metrics.jsonl").stat().st_size,
+        Path("logs/one/final_model.ptz").stat().st_mtime_ns,
+    )
     assert tiny(RUN_ID="one", RESUME="1", **EVERYTHING) == first
-    assert (Path("logs/one/metrics.jsonl").stat().st_size, Path("logs/one/final_model.ptz").stat().st_mtime_ns) == (size, artifact)
+    assert (
+        Path("logs/one/metrics.jsonl").stat().st_size,
+        Path("logs/one/final_model.ptz").stat().st_mtime_ns,
+    ) == (size, artifact)
 
 
 def test_resume_without_anything_to_go_on_with_is_a_new_run(tiny):
@@ -133,26 +182,46 @@ def test_resume_without_anything_to_go_on_with_is_a_new_run(tiny):
 def test_other_settings_are_refused_and_each_is_named(tiny, monkeypatch):
     stopped(tiny, monkeypatch, "train_step", 5, RUN_ID="one", **EVERYTHING)
     before = {p: p.read_bytes() for p in Path("logs").rglob("*") if p.is_file()}
-    text = failing(tiny, t.BadInput, RUN_ID="one", RESUME="1", **{**EVERYTHING, "MATRIX_LR": "0.1", "VE_LAYERS": "0", "SEED": "3"})
-    assert "MATRIX_LR=0.1 (there 0.025)" in text and "VE_LAYERS=0 (there 1,2)" in text and "SEED=3 (there 1337)" in text and text.count("(there") == 3
+    text = failing(
+        tiny,
+        t.BadInput,
+        RUN_ID="one",
+        RESUME="1",
+        **{**EVERYTHING, "MATRIX_LR": "0.1", "VE_LAYERS": "0", "SEED": "3"},
+    )
+    assert (
+        "MATRIX_LR=0.1 (there 0.025)" in text
+        and "VE_LAYERS=0 (there 1,2)" in text
+        and "SEED=3 (there 1337)" in text
+        and text.count("(there") == 3
+    )
     assert before == {p: p.read_bytes() for p in Path("logs").rglob("*") if p.is_file()}
     # and a checkpoint that was carried into another run's folder
     tiny(RUN_ID="two", **EVERYTHING, SEED="3")
     stopped(tiny, monkeypatch, "train_step", 5, RUN_ID="three", **EVERYTHING, SEED="3")
     for path in Path("logs/three").glob("checkpoint*"):
         path.write_bytes(before[Path("logs/one/checkpoint.000000003.ckpt")])
-    with pytest.raises(t.BadInput, match=r"checkpoint.000000005.ckpt: was begun with other settings: RUN_ID=three \(there one\) SEED=3 \(there 1337\)"):
+    with pytest.raises(
+        t.BadInput,
+        match=r"checkpoint.000000005.ckpt: was begun with other settings: RUN_ID=three \(there one\) SEED=3 \(there 1337\)",
+    ):
         tiny(RUN_ID="three", RESUME="1", **EVERYTHING, SEED="3")
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, monkeypatch):
     whole = tiny(RUN_ID="whole", **EVERYTHING)
     stopped(tiny, monkeypatch, "train_step", 7, RUN_ID="part", **EVERYTHING)
-    newest, older = Path("logs/part/checkpoint.000000007.ckpt"), Path("logs/part/checkpoint.000000006.ckpt")
+    newest, older = (
+        Path("logs/part/checkpoint.000000007.ckpt"),
+        Path("logs/part/checkpoint.000000006.ckpt"),
+    )
     data = newest.read_bytes()
     newest.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
     same(tiny(RUN_ID="part", RESUME="1", **EVERYTHING), whole)
-    assert f"{newest}: damaged: wrong checksum\nresuming from {older}\n" in Path("logs/part.txt").read_text()
+    assert (
+        f"{newest}: damaged: wrong checksum\nresuming from {older}\n"
+        in Path("logs/part.txt").read_text()
+    )
 
 
 def test_the_good_checkpoint_outlives_the_damaged_one(tiny, monkeypatch):
@@ -163,13 +232,18 @@ def test_the_good_checkpoint_outlives_the_damaged_one(tiny, monkeypatch):
     newest.write_bytes(newest.read_bytes()[:-1])
     stopped(tiny, monkeypatch, "train_step", 1, RUN_ID="part", RESUME="1", **EVERYTHING)
     assert sorted(p.name for p in Path("logs/part").glob("checkpoint*")) == [
-        "checkpoint.000000006.ckpt", "checkpoint.000000007.ckpt", "checkpoint.000000007.ckpt.damaged"]
+        "checkpoint.000000006.ckpt",
+        "checkpoint.000000007.ckpt",
+        "checkpoint.000000007.ckpt.damaged",
+    ]
     same(tiny(RUN_ID="part", RESUME="1", **EVERYTHING), whole)
 
 
 def test_a_damaged_progress_file_costs_its_pass_and_no_more(tiny, monkeypatch):
     tiny(RUN_ID="model", EVALS="none")
-    env = dict(LOAD_ARTIFACT="logs/model/final_model.ptz", EVALS="sliding_window", VAL_BATCH_SIZE="96")
+    env = dict(
+        LOAD_ARTIFACT="logs/model/final_model.ptz", EVALS="sliding_window", VAL_BATCH_SIZE="96"
+    )
     whole = tiny(RUN_ID="whole", **env)
     stopped(tiny, monkeypatch, "score_batch", 9, RUN_ID="part", **env)
     for path in Path("logs/part").glob("progress*"):
@@ -180,8 +254,14 @@ def test_a_damaged_progress_file_costs_its_pass_and_no_more(tiny, monkeypatch):
 def test_a_run_without_a_name_goes_on_by_the_name_it_got(tiny, monkeypatch):
     monkeypatch.setattr(t, "strftime", lambda form: "20260101_000000")
     stopped(tiny, monkeypatch, "train_step", 5, RUN_ID="", **EVERYTHING)
-    assert "RUN_ID=20260101_000000_seed1337 RESUME=1 goes on" in Path("logs/20260101_000000_seed1337.txt").read_text()
-    same(tiny(RUN_ID="20260101_000000_seed1337", RESUME="1", **EVERYTHING), tiny(RUN_ID="whole", **EVERYTHING))
+    assert (
+        "RUN_ID=20260101_000000_seed1337 RESUME=1 goes on"
+        in Path("logs/20260101_000000_seed1337.txt").read_text()
+    )
+    same(
+        tiny(RUN_ID="20260101_000000_seed1337", RESUME="1", **EVERYTHING),
+        tiny(RUN_ID="whole", **EVERYTHING),
+    )
 
 
 def test_a_pass_of_which_one_result_was_logged_goes_on_as_a_whole(tiny, monkeypatch):
@@ -191,10 +271,19 @@ def test_a_pass_of_which_one_result_was_logged_goes_on_as_a_whole(tiny, monkeypa
     tiny(RUN_ID="part", **env)
     path = Path("logs/part/metrics.jsonl")
     rows = path.read_text().splitlines(True)
-    path.write_text("".join(row for row in rows if '"final_artifact_ttt_slot"' not in row and '"eval_total"' not in row))
+    path.write_text(
+        "".join(
+            row
+            for row in rows
+            if '"final_artifact_ttt_slot"' not in row and '"eval_total"' not in row
+        )
+    )
     again = tiny(RUN_ID="part", RESUME="1", **env)
     same(again, whole)
-    assert path.read_text().count('"final_artifact_ttt"') == 1 and again["eval_total"]["eval_time"] == again["pass_artifact_ttt+ttt_slot"]["eval_time"]
+    assert (
+        path.read_text().count('"final_artifact_ttt"') == 1
+        and again["eval_total"]["eval_time"] == again["pass_artifact_ttt+ttt_slot"]["eval_time"]
+    )
 
 
 def test_a_checkpoint_that_is_being_written_when_an_error_comes_is_finished(tiny, monkeypatch):
@@ -227,7 +316,10 @@ def test_a_line_that_was_cut_off_and_a_part_of_a_file_are_tidied(tiny, monkeypat
         with open(path, "a") as file:
             file.write('{"label": "fin')
     same(tiny(RUN_ID="part", RESUME="1", **EVERYTHING), whole)
-    assert not list(Path("logs").rglob("*.part")) and '"fin\n' not in Path("logs/part/metrics.jsonl").read_text()
+    assert (
+        not list(Path("logs").rglob("*.part"))
+        and '"fin\n' not in Path("logs/part/metrics.jsonl").read_text()
+    )
 
 
 def test_a_run_that_is_alive_is_not_joined(tiny, tiny_data, tmp_path):
@@ -241,7 +333,10 @@ def test_a_run_that_is_alive_is_not_joined(tiny, tiny_data, tmp_path):
 def test_only_two_checkpoints_are_kept_and_none_with_0_but_the_last(tiny):
     tiny(RUN_ID="a", EVALS="none", SAVE_EVERY="2")
     tiny(RUN_ID="b", EVALS="none", SAVE_EVERY="0")
-    assert [sorted(p.name[11:20] for p in Path("logs", r).glob("*.ckpt")) for r in "ab"] == [["000000010", "000000012"], ["000000012"]]
+    assert [sorted(p.name[11:20] for p in Path("logs", r).glob("*.ckpt")) for r in "ab"] == [
+        ["000000010", "000000012"],
+        ["000000012"],
+    ]
 
 
 def test_a_checkpoint_is_readable_by_its_description_alone(tiny):
@@ -249,34 +344,59 @@ def test_a_checkpoint_is_readable_by_its_description_alone(tiny):
     data = Path("logs/a/checkpoint.000000012.ckpt").read_bytes()
     at = 44 + int.from_bytes(data[40:44], "little")
     header, total = json.loads(data[44:at]), 0
-    assert header["settings"]["NUM_LAYERS"] == 3 and header["tensors"][0] == ["counters", "float64", [4]]
+    assert header["settings"]["NUM_LAYERS"] == 3 and header["tensors"][0] == [
+        "counters",
+        "float64",
+        [4],
+    ]
     step, ms, qat, snapshots = np.frombuffer(data, "<f8", 4, at)
     assert (step, snapshots) == (12, 2) and ms > 0 and qat > 0  # QAT's step
     for name, dtype, shape in header["tensors"]:
         total += np.dtype(dtype).itemsize * int(np.prod(shape, dtype=int))
     assert at + total == len(data)
     names = {name for name, *_ in header["tensors"]}
-    assert {"qo_bank", "momentum.qo_bank", "ema.qo_bank", "swa.qo_bank", "exp_avg.tok_emb.weight", "exp_avg_sq.tok_emb.weight", "step.tok_emb.weight",
-            "grid.tok_emb.weight"} <= names
+    assert {
+        "qo_bank",
+        "momentum.qo_bank",
+        "ema.qo_bank",
+        "swa.qo_bank",
+        "exp_avg.tok_emb.weight",
+        "exp_avg_sq.tok_emb.weight",
+        "step.tok_emb.weight",
+        "grid.tok_emb.weight",
+    } <= names
 
 
 def test_the_clock_goes_on_and_cannot_jump(tiny, monkeypatch):
     """Elapsed training time is in the checkpoint; the wall clock of the machine plays no part."""
-    stopped(tiny, monkeypatch, "train_step", 6, RUN_ID="a", EVALS="none", **{"MAX_WALLCLOCK_SECONDS": "1000"})
-    path, = Path("logs/a").glob("*.ckpt")
+    stopped(
+        tiny,
+        monkeypatch,
+        "train_step",
+        6,
+        RUN_ID="a",
+        EVALS="none",
+        **{"MAX_WALLCLOCK_SECONDS": "1000"},
+    )
+    (path,) = Path("logs/a").glob("*.ckpt")
     header, tensors = t.unseal(bytearray(path.read_bytes()))
     tensors["counters"][1] = 999_999.0
     path.write_bytes(b"".join(bytes(p) for p in t.seal(header, tensors)))
     monkeypatch.setattr(time, "time", lambda: 4e9)
     found = tiny(RUN_ID="a", EVALS="none", RESUME="1", MAX_WALLCLOCK_SECONDS="1000")
-    assert found["training"]["steps"] == 6 and found["training"]["train_time"] > 999_999  # there was no time left
+    assert (
+        found["training"]["steps"] == 6 and found["training"]["train_time"] > 999_999
+    )  # there was no time left
     tiny(RUN_ID="b", EVALS="none", MAX_WALLCLOCK_SECONDS="1000")
     assert read_metrics(Path("logs/b"))["training"]["steps"] == 12
 
 
 # What goes wrong on the way.
 
-def test_a_loss_that_is_not_finite_names_its_step_and_leaves_a_checkpoint_from_before(tiny, monkeypatch):
+
+def test_a_loss_that_is_not_finite_names_its_step_and_leaves_a_checkpoint_from_before(
+    tiny, monkeypatch
+):
     forward, count = t.GPT.forward, iter(range(10**6))
 
     def spoilt(self, ids, targets, reduction="mean"):
@@ -284,16 +404,24 @@ def test_a_loss_that_is_not_finite_names_its_step_and_leaves_a_checkpoint_from_b
         return loss * (float("nan") if reduction == "mean" and next(count) == 7 else 1)
 
     monkeypatch.setattr(t.GPT, "forward", spoilt)
-    with pytest.raises(t.Fault, match="^step 8: loss or gradient is not finite.*logs/a is from before it"):
+    with pytest.raises(
+        t.Fault, match="^step 8: loss or gradient is not finite.*logs/a is from before it"
+    ):
         tiny(RUN_ID="a", SAVE_EVERY="3", VAL_LOSS_EVERY="0")
     kept = sorted(Path("logs/a").glob("*.ckpt"))
     assert [p.name for p in kept] == ["checkpoint.000000003.ckpt", "checkpoint.000000006.ckpt"]
-    assert all(torch.isfinite(x).all() for p in kept for x in t.unseal(bytearray(p.read_bytes()))[1].values())
+    assert all(
+        torch.isfinite(x).all()
+        for p in kept
+        for x in t.unseal(bytearray(p.read_bytes()))[1].values()
+    )
     assert "error: step 8" in Path("logs/a.txt").read_text().splitlines()[-1]
 
 
 @pytest.mark.parametrize("how", ["gone", "short"])
-def test_data_that_vanishes_is_named_and_the_run_can_go_on(how, tiny, tiny_data, tmp_path, monkeypatch):
+def test_data_that_vanishes_is_named_and_the_run_can_go_on(
+    how, tiny, tiny_data, tmp_path, monkeypatch
+):
     folder = tmp_path / "data"
     folder.mkdir()
     for path in Path(tiny_data["DATA_PATH"]).glob("*.bin"):
@@ -310,7 +438,10 @@ def test_data_that_vanishes_is_named_and_the_run_can_go_on(how, tiny, tiny_data,
 
     with monkeypatch.context() as patch:
         patch.setattr(t.TrainData, "sequence", spoilt)
-        assert re.search(r"fineweb_train_00000\d.bin: (No such file or directory|has shrunk).*RESUME=1", failing(tiny, t.Fault, **env))
+        assert re.search(
+            r"fineweb_train_00000\d.bin: (No such file or directory|has shrunk).*RESUME=1",
+            failing(tiny, t.Fault, **env),
+        )
     for path, data in originals.items():
         path.write_bytes(data)
     same(tiny(**env, RESUME="1"), tiny(**{**env, "RUN_ID": "b"}))
@@ -322,12 +453,32 @@ def limited(size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size,message", [(60_000, r"logs/a.txt: the log cannot grow: File too large"), (92_400, r"a.txt: the log cannot grow"),
-                                          (500_000, r"checkpoint.000000003.ckpt: File too large: not written, older files kept")])
-def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_when_there_is_room(size, message, tiny_data, tmp_path):
+@pytest.mark.parametrize(
+    "size,message",
+    [
+        (60_000, r"logs/a.txt: the log cannot grow: File too large"),
+        (92_400, r"a.txt: the log cannot grow"),
+        (500_000, r"checkpoint.000000003.ckpt: File too large: not written, older files kept"),
+    ],
+)
+def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_when_there_is_room(
+    size, message, tiny_data, tmp_path
+):
     env = {**os.environ, **TINY, **tiny_data, **EVERYTHING, "RUN_ID": "a"}
-    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=env, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limited(size))
-    assert done.returncode == 1 and re.search(message, done.stderr) and "Traceback" not in done.stderr and done.stderr.count("error:") == 1
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt.py")],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=limited(size),
+    )
+    assert (
+        done.returncode == 1
+        and re.search(message, done.stderr)
+        and "Traceback" not in done.stderr
+        and done.stderr.count("error:") == 1
+    )
     assert not list(tmp_path.rglob("*.part"))
     again = process({**env, "RESUME": "1"}, tmp_path)
     assert again.returncode == 0, again.stderr
@@ -341,15 +492,21 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tiny, monkeypat
 
     def full(path, parts):
         if next(count) == 1:
-            patch.setattr(t.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            patch.setattr(
+                t.os,
+                "fsync",
+                lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+            )
         return write(path, parts)
 
     whole = tiny(RUN_ID="whole", **EVERYTHING)
     with monkeypatch.context() as patch:
         patch.setattr(t, "write_file", full)
         text = failing(tiny, t.Fault, RUN_ID="part", **EVERYTHING)
-    assert text == ("logs/part/checkpoint.000000006.ckpt: No space left on device: not written, older files kept; make room, then RUN_ID=part "
-                    "RESUME=1.")
+    assert text == (
+        "logs/part/checkpoint.000000006.ckpt: No space left on device: not written, older files kept; make room, then RUN_ID=part "
+        "RESUME=1."
+    )
     assert [p.name for p in Path("logs/part").glob("*.ckpt*")] == ["checkpoint.000000003.ckpt"]
     same(tiny(RUN_ID="part", RESUME="1", **EVERYTHING), whole)
 
@@ -362,14 +519,34 @@ def test_a_folder_that_cannot_be_written_is_bad_input(tiny, tmp_path):
 
 # Real signals, real processes.
 
-LONG = dict(TINY, ITERATIONS="100000", VAL_LOSS_EVERY="0", TRAIN_LOG_EVERY="20", SAVE_EVERY="20", EVALS="none")
+LONG = dict(
+    TINY,
+    ITERATIONS="100000",
+    VAL_LOSS_EVERY="0",
+    TRAIN_LOG_EVERY="20",
+    SAVE_EVERY="20",
+    EVALS="none",
+)
 
 
 def begin(env, cwd, *torchrun):
     """The script as a process, plain or under torchrun with these options, once it has trained for 40 steps and saved."""
-    command = [sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []), str(ROOT / "train_gpt.py")]
-    child = subprocess.Popen(command, env={**os.environ, **env}, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                             preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)])  # whatever the tests run under
+    command = [
+        sys.executable,
+        *(["-m", "torch.distributed.run", *torchrun] if torchrun else []),
+        str(ROOT / "train_gpt.py"),
+    ]
+    child = subprocess.Popen(
+        command,
+        env={**os.environ, **env},
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: [
+            signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)
+        ],
+    )  # whatever the tests run under
     lines = []
     for line in child.stdout:
         lines.append(line)
@@ -380,25 +557,48 @@ def begin(env, cwd, *torchrun):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_finishes_the_step_saves_says_where_and_exits_by_its_number(number, tiny_data, tmp_path):
+def test_a_signal_finishes_the_step_saves_says_where_and_exits_by_its_number(
+    number, tiny_data, tmp_path
+):
     child, _ = begin({**LONG, **tiny_data, "RUN_ID": "a"}, tmp_path)
     child.send_signal(number)
     rest = child.communicate(timeout=30)[0]
     assert child.returncode == 128 + number
     steps = [int(p.name[11:20]) for p in (tmp_path / "logs/a").glob("*.ckpt")]
-    assert "stopped by a signal" in rest and "logs/a; RUN_ID=a RESUME=1 goes on" in rest and max(steps) >= 20 and "Traceback" not in rest
+    assert (
+        "stopped by a signal" in rest
+        and "logs/a; RUN_ID=a RESUME=1 goes on" in rest
+        and max(steps) >= 20
+        and "Traceback" not in rest
+    )
 
 
 @pytest.mark.slow
 def test_an_ignored_hangup_stays_ignored(tiny_data, tmp_path):
     """As under nohup."""
-    env = {**os.environ, **LONG, **tiny_data, "RUN_ID": "a", "ITERATIONS": "400", "EVALS": "roundtrip"}
-    child = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-                             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    env = {
+        **os.environ,
+        **LONG,
+        **tiny_data,
+        "RUN_ID": "a",
+        "ITERATIONS": "400",
+        "EVALS": "roundtrip",
+    }
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_gpt.py")],
+        env=env,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
     for line in child.stdout:
         if line.startswith("step:20/"):
             child.send_signal(signal.SIGHUP)
-    assert child.wait(timeout=60) == 0 and "eval_total" in (tmp_path / "logs/a/metrics.jsonl").read_text()
+    assert (
+        child.wait(timeout=60) == 0
+        and "eval_total" in (tmp_path / "logs/a/metrics.jsonl").read_text()
+    )
 
 
 @pytest.mark.slow
@@ -416,7 +616,9 @@ def test_a_second_signal_stops_at_once(tiny_data, tmp_path):
 
 def ranks_of(agent):
     """Process numbers of torchrun's workers, by rank."""
-    children = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(agent.pid)], capture_output=True, text=True
+    ).stdout.split()
     found = {}
     for pid in children:
         match = re.search(rb"\0RANK=(\d+)\0", b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
@@ -428,7 +630,9 @@ def ranks_of(agent):
 @pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_dead_rank_ends_all_ranks_and_is_named(dead, tiny_data, tmp_path):
-    child, lines = begin({**LONG, **tiny_data, "RUN_ID": "a"}, tmp_path, "--standalone", "--nproc_per_node=2")
+    child, lines = begin(
+        {**LONG, **tiny_data, "RUN_ID": "a"}, tmp_path, "--standalone", "--nproc_per_node=2"
+    )
     ranks, began = ranks_of(child), time.monotonic()
     os.kill(ranks[dead], signal.SIGKILL)
     rest = child.communicate(timeout=60)[0]
@@ -442,14 +646,25 @@ def test_a_dead_rank_ends_all_ranks_and_is_named(dead, tiny_data, tmp_path):
 def test_torchruns_own_restart_resumes_and_ends_with_the_same_numbers(tiny_data, tmp_path):
     env = {**LONG, **tiny_data, "ITERATIONS": "400", "EVALS": "roundtrip"}
     whole = process({**env, "RUN_ID": "whole"}, tmp_path, 2)
-    child, _ = begin({**env, "RUN_ID": "a"}, tmp_path, "--standalone", "--nproc_per_node=2", "--max-restarts=1")
+    child, _ = begin(
+        {**env, "RUN_ID": "a"}, tmp_path, "--standalone", "--nproc_per_node=2", "--max-restarts=1"
+    )
     os.kill(ranks_of(child)[1], signal.SIGKILL)
     rest = child.communicate(timeout=120)[0]
-    assert whole.returncode == 0 and child.returncode == 0 and "resuming from logs/a/checkpoint" in rest, rest[-3000:]
+    assert (
+        whole.returncode == 0
+        and child.returncode == 0
+        and "resuming from logs/a/checkpoint" in rest
+    ), rest[-3000:]
     one, other = (timeless(read_metrics(tmp_path / "logs" / r)) for r in ("a", "whole"))
-    assert one["final_artifact_roundtrip"] == other["final_artifact_roundtrip"] and one["step:400/400"] == other["step:400/400"]
+    assert (
+        one["final_artifact_roundtrip"] == other["final_artifact_roundtrip"]
+        and one["step:400/400"] == other["step:400/400"]
+    )
     nameless = process({**env, "TORCHELASTIC_MAX_RESTARTS": "1"}, tmp_path)
-    assert nameless.returncode == 2 and "RUN_ID=: torchrun --max-restarts needs one" in nameless.stderr
+    assert (
+        nameless.returncode == 2 and "RUN_ID=: torchrun --max-restarts needs one" in nameless.stderr
+    )
 
 
 @pytest.mark.slow
@@ -468,9 +683,23 @@ t.GPT.forward = spoilt
 t.main()
 """)
     began = time.monotonic()
-    done = process({**TINY, **tiny_data, "RUN_ID": "a", "SAVE_EVERY": "3", "VAL_LOSS_EVERY": "0"}, tmp_path, 2, script=script, timeout=60)
-    assert done.returncode == 1 and "step 8: loss or gradient is not finite" in done.stderr and time.monotonic() - began < 60
-    assert done.stderr.count("exitcode  : 1") >= 1 and [p.name for p in sorted((tmp_path / "logs/a").glob("*.ckpt"))][-1] == "checkpoint.000000006.ckpt"
+    done = process(
+        {**TINY, **tiny_data, "RUN_ID": "a", "SAVE_EVERY": "3", "VAL_LOSS_EVERY": "0"},
+        tmp_path,
+        2,
+        script=script,
+        timeout=60,
+    )
+    assert (
+        done.returncode == 1
+        and "step 8: loss or gradient is not finite" in done.stderr
+        and time.monotonic() - began < 60
+    )
+    assert (
+        done.stderr.count("exitcode  : 1") >= 1
+        and [p.name for p in sorted((tmp_path / "logs/a").glob("*.ckpt"))][-1]
+        == "checkpoint.000000006.ckpt"
+    )
 
 
 def test_checkpointing_every_50_steps_costs_under_3_percent(tiny_data, tmp_path, capsys):
@@ -503,13 +732,19 @@ def test_another_number_of_ranks_goes_on_within_rounding(tiny_data, tmp_path):
         rows = (tmp_path / "logs/a/metrics.jsonl").read_text().splitlines(True)
         (tmp_path / "logs/a/metrics.jsonl").write_text("".join(rows[:60]))
         again = process({**env, "RUN_ID": "a", "RESUME": "1"}, tmp_path, then)
-        assert again.returncode == 0 and "resuming from logs/a/checkpoint.000000032" in again.stdout, again.stderr[-2000:]
+        assert (
+            again.returncode == 0 and "resuming from logs/a/checkpoint.000000032" in again.stdout
+        ), again.stderr[-2000:]
         other = timeless(read_metrics(tmp_path / "logs/a"))
         assert whole.keys() == other.keys()
         for label, row in whole.items():
             for key in ("train_loss", "val_loss"):
                 if key in row:
-                    assert other[label][key] == pytest.approx(row[key], abs=1e-4), (ranks, then, label)
+                    assert other[label][key] == pytest.approx(row[key], abs=1e-4), (
+                        ranks,
+                        then,
+                        label,
+                    )
 
 
 def two_agents(env, folders, *more):
@@ -517,17 +752,46 @@ def two_agents(env, folders, *more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-               f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=x", *more, str(ROOT / "train_gpt.py")]
-    return [subprocess.Popen(command, env={**os.environ, **env, "OMP_NUM_THREADS": "1"}, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             text=True) for folder in folders]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+        "--rdzv_id=x",
+        *more,
+        str(ROOT / "train_gpt.py"),
+    ]
+    return [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **env, "OMP_NUM_THREADS": "1"},
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for folder in folders
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("restarts", [0, 1])
-def test_a_rank_that_dies_on_one_machine_ends_the_other_or_both_go_on(restarts, tiny_data, tmp_path):
-    env = {**LONG, **tiny_data, "RUN_ID": "a", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "ITERATIONS": "400" if restarts else "1000000"}
-    agents = two_agents(env, [tmp_path, tmp_path], f"--max-restarts={restarts}")  # one folder that both machines have
+def test_a_rank_that_dies_on_one_machine_ends_the_other_or_both_go_on(
+    restarts, tiny_data, tmp_path
+):
+    env = {
+        **LONG,
+        **tiny_data,
+        "RUN_ID": "a",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "ITERATIONS": "400" if restarts else "1000000",
+    }
+    agents = two_agents(
+        env, [tmp_path, tmp_path], f"--max-restarts={restarts}"
+    )  # one folder that both machines have
     while not list(tmp_path.glob("logs/a/*.ckpt")):
         time.sleep(0.1)
         assert [a.poll() for a in agents] == [None, None]
@@ -535,24 +799,38 @@ def test_a_rank_that_dies_on_one_machine_ends_the_other_or_both_go_on(restarts, 
     os.kill(victim[1], signal.SIGKILL)
     out = [a.communicate(timeout=100 if restarts else 60)[0] for a in agents]
     if restarts:
-        assert [a.returncode for a in agents] == [0, 0] and "resuming from logs/a/checkpoint" in "".join(out), out
+        assert [a.returncode for a in agents] == [
+            0,
+            0,
+        ] and "resuming from logs/a/checkpoint" in "".join(out), out
     else:
-        assert all(a.returncode for a in agents) and time.monotonic() - began < 60 and "Signal 9" in "".join(out)
+        assert (
+            all(a.returncode for a in agents)
+            and time.monotonic() - began < 60
+            and "Signal 9" in "".join(out)
+        )
 
 
 @pytest.mark.slow
 def test_two_machines_give_the_numbers_of_one_process(tiny_data, tmp_path):
     """Two agents of torchrun on loopback, each with one rank, in folders of their own."""
-    env, folders = {**TINY, **tiny_data, **EVERYTHING, "RUN_ID": "a"}, [tmp_path / n for n in ("node0", "node1", "ranks", "one")]
+    env, folders = (
+        {**TINY, **tiny_data, **EVERYTHING, "RUN_ID": "a"},
+        [tmp_path / n for n in ("node0", "node1", "ranks", "one")],
+    )
     for folder in folders:
         folder.mkdir()
     agents = two_agents(env, folders[:2])
     out = [a.communicate(timeout=200)[0] for a in agents]
     assert [a.returncode for a in agents] == [0, 0], out
-    where, = [f for f in folders[:2] if (f / "logs").exists()]  # rank 0 writes, nobody else
+    (where,) = [f for f in folders[:2] if (f / "logs").exists()]  # rank 0 writes, nobody else
     assert process(env, folders[2], 2).returncode == 0 and process(env, folders[3]).returncode == 0
-    two_nodes, two_ranks, one = (timeless(read_metrics(f / "logs/a")) for f in (where, *folders[2:]))
+    two_nodes, two_ranks, one = (
+        timeless(read_metrics(f / "logs/a")) for f in (where, *folders[2:])
+    )
     for label in one:
         if label.startswith("final_"):
-            assert two_nodes[label]["val_bpb"] == pytest.approx(two_ranks[label]["val_bpb"], abs=1e-6)  # as they have other numbers of threads
+            assert two_nodes[label]["val_bpb"] == pytest.approx(
+                two_ranks[label]["val_bpb"], abs=1e-6
+            )  # as they have other numbers of threads
             assert two_nodes[label]["val_bpb"] == pytest.approx(one[label]["val_bpb"], abs=1e-5)

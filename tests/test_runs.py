@@ -1,4 +1,5 @@
 """Whole runs: logs and labels, what is never overwritten, bad input as a process sees it, and the lineage's own artifacts."""
+
 import contextlib
 import json
 import math
@@ -10,10 +11,14 @@ import pytest
 import torch
 from conftest import PARITY, ROOT, TINY, process, random_model, read_metrics, t, write_shard
 
-RESULT = re.compile(r"final_(artifact|float)_(roundtrip|sliding_window|ttt|ttt_slot|slot|ttt_ctw|ctw) val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} tokens:\d+ bytes:\d+ "
-                    r"causal:(yes|no) eval_time:\d+ms( breaks:C\d(,C\d)*)?")
+RESULT = re.compile(
+    r"final_(artifact|float)_(roundtrip|sliding_window|ttt|ttt_slot|slot|ttt_ctw|ctw) val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} tokens:\d+ bytes:\d+ "
+    r"causal:(yes|no) eval_time:\d+ms( breaks:C\d(,C\d)*)?"
+)
 TRAIN = re.compile(r"step:\d+/\d+ train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms")
-VALIDATION = re.compile(r"step:\d+/\d+ val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms")
+VALIDATION = re.compile(
+    r"step:\d+/\d+ val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms"
+)
 
 
 @pytest.fixture
@@ -25,9 +30,13 @@ def finished(tiny, capsys):
 def test_log_opens_with_the_source_and_holds_settings_and_all_lines(finished):
     metrics, log, console = finished
     source = (ROOT / "train_gpt.py").read_text()
-    assert log.startswith(source) and log[len(source):].startswith("\n" + "=" * 100 + "\nsettings: PRESET=pr1084 RUN_ID=one ")
+    assert log.startswith(source) and log[len(source) :].startswith(
+        "\n" + "=" * 100 + "\nsettings: PRESET=pr1084 RUN_ID=one "
+    )
     assert log.endswith(console) and console.startswith("log:logs/one.txt\npython:")
-    settings = dict(word.split("=", 1) for word in re.search("^settings: (PRESET.*)", log, re.M)[1].split())
+    settings = dict(
+        word.split("=", 1) for word in re.search("^settings: (PRESET.*)", log, re.M)[1].split()
+    )
     assert settings.keys() == {s.name for s in t.SETTINGS} and settings["EVAL_STRIDE"] == "8"
 
 
@@ -35,17 +44,33 @@ def test_lines_have_the_fields_format_and_labels_are_unique(finished):
     metrics, log, console = finished
     lines = console.splitlines()
     results = [line for line in lines if line.startswith("final_")]
-    assert [line.split()[0] for line in results] == ["final_float_roundtrip", "final_artifact_roundtrip", "final_artifact_sliding_window", "final_artifact_ttt",
-                                                     "final_artifact_ttt_slot"]
+    assert [line.split()[0] for line in results] == [
+        "final_float_roundtrip",
+        "final_artifact_roundtrip",
+        "final_artifact_sliding_window",
+        "final_artifact_ttt",
+        "final_artifact_ttt_slot",
+    ]
     assert all(RESULT.fullmatch(line) for line in results), results
     assert [line.split("causal:")[1].split()[0] for line in results] == ["yes"] * 4 + ["no"]
     steps = [line for line in lines if line.startswith("step:")]
-    assert sum(bool(TRAIN.fullmatch(x)) for x in steps) == 10 and sum(bool(VALIDATION.fullmatch(x)) for x in steps) == 5 == len(steps) - 10
+    assert (
+        sum(bool(TRAIN.fullmatch(x)) for x in steps) == 10
+        and sum(bool(VALIDATION.fullmatch(x)) for x in steps) == 5 == len(steps) - 10
+    )
     code = (ROOT / "train_gpt.py").stat().st_size
     size = Path("logs/one/final_model.ptz").stat().st_size
-    for line in (f"Code size: {code} bytes", f"Serialized model rd+rans+lzma: {size} bytes", f"Total submission size rd+rans+lzma: {size + code} bytes"):
+    for line in (
+        f"Code size: {code} bytes",
+        f"Serialized model rd+rans+lzma: {size} bytes",
+        f"Total submission size rd+rans+lzma: {size + code} bytes",
+    ):
         assert lines.count(line) == 1
-    labels = [(line.split()[0], line.split()[1].split(":")[0]) for line in lines if re.match(r"(final_|step:|average_|training |quantised )", line)]
+    labels = [
+        (line.split()[0], line.split()[1].split(":")[0])
+        for line in lines
+        if re.match(r"(final_|step:|average_|training |quantised )", line)
+    ]
     assert len(labels) == len(set(labels))
 
 
@@ -53,37 +78,57 @@ def test_counts_are_those_of_the_split_and_bpb_follows_from_them(finished):
     for label, row in finished[0].items():
         if label.startswith("final_"):
             assert (row["tokens"], row["bytes"]) == (576, 712)
-            assert row["val_bpb"] == pytest.approx(row["val_loss"] / math.log(2) * 576 / 712, abs=1e-12)
+            assert row["val_bpb"] == pytest.approx(
+                row["val_loss"] / math.log(2) * 576 / 712, abs=1e-12
+            )
 
 
 def test_saved_nats_are_the_result(finished):
     for label in ("roundtrip", "sliding_window", "ttt", "ttt_slot"):
         nats = np.load(f"logs/one/nll_{label}.npy")
         assert nats.dtype == np.float64 and nats.shape == (576,)
-        assert nats.mean() == pytest.approx(finished[0][f"final_artifact_{label}"]["val_loss"], abs=1e-9)
+        assert nats.mean() == pytest.approx(
+            finished[0][f"final_artifact_{label}"]["val_loss"], abs=1e-9
+        )
 
 
 def test_quantising_and_reading_back_costs_little(finished):
-    assert abs(finished[0]["final_artifact_roundtrip"]["val_bpb"] - finished[0]["final_float_roundtrip"]["val_bpb"]) < 0.02
+    assert (
+        abs(
+            finished[0]["final_artifact_roundtrip"]["val_bpb"]
+            - finished[0]["final_float_roundtrip"]["val_bpb"]
+        )
+        < 0.02
+    )
 
 
 def test_everything_of_a_run_lies_in_its_own_place(finished, tmp_path):
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["logs"] and sorted(p.name for p in Path("logs").iterdir()) == ["one", "one.txt"]
-    assert {p.name for p in Path("logs/one").iterdir()} == {"metrics.jsonl", "checkpoint.000000012.ckpt", "final_model.ptz",
-                                                           *(f"nll_{e}.npy" for e in ("roundtrip", "sliding_window", "ttt", "ttt_slot"))}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["logs"] and sorted(
+        p.name for p in Path("logs").iterdir()
+    ) == ["one", "one.txt"]
+    assert {p.name for p in Path("logs/one").iterdir()} == {
+        "metrics.jsonl",
+        "checkpoint.000000012.ckpt",
+        "final_model.ptz",
+        *(f"nll_{e}.npy" for e in ("roundtrip", "sliding_window", "ttt", "ttt_slot")),
+    }
 
 
 def test_a_run_id_is_never_overwritten(finished, tiny):
     before = {p: p.read_bytes() for p in Path("logs").rglob("*") if p.is_file()}
-    with pytest.raises(t.BadInput, match="RUN_ID=one: exists in logs/; choose another, or RESUME=1"):
+    with pytest.raises(
+        t.BadInput, match="RUN_ID=one: exists in logs/; choose another, or RESUME=1"
+    ):
         tiny(RUN_ID="one")
     assert before == {p: p.read_bytes() for p in Path("logs").rglob("*") if p.is_file()}
 
 
 def test_without_run_id_two_runs_have_names_of_their_own(tiny):
-    with contextlib.suppress(FileNotFoundError):  # the fixture looks for the metrics of a run without a name
+    with contextlib.suppress(
+        FileNotFoundError
+    ):  # the fixture looks for the metrics of a run without a name
         tiny(RUN_ID="", EVALS="none", ITERATIONS="1")
-    name, = (p.stem for p in Path("logs").glob("*.txt"))
+    (name,) = (p.stem for p in Path("logs").glob("*.txt"))
     assert re.fullmatch(r"\d{8}_\d{6}_seed1337", name)
 
 
@@ -96,12 +141,19 @@ def test_a_label_used_twice_is_a_fault(tiny_data, tmp_path, monkeypatch):
 
 
 def test_evaluators_and_switches_choose_the_result_lines(tiny):
-    for env, labels in ((dict(TTT_ENABLED="0"), ["roundtrip", "sliding_window", "slot"]), (dict(SLOT_ENABLED="0"), ["roundtrip", "sliding_window", "ttt"]),
-                        (dict(SLOT_ENABLED="0", TTT_ENABLED="0"), ["roundtrip", "sliding_window"]), (dict(EVALS="ttt_slot"), ["ttt_slot"])):
-        assert [n for n in tiny(**env) if n.startswith("final_artifact")] == [f"final_artifact_{label}" for label in labels]
+    for env, labels in (
+        (dict(TTT_ENABLED="0"), ["roundtrip", "sliding_window", "slot"]),
+        (dict(SLOT_ENABLED="0"), ["roundtrip", "sliding_window", "ttt"]),
+        (dict(SLOT_ENABLED="0", TTT_ENABLED="0"), ["roundtrip", "sliding_window"]),
+        (dict(EVALS="ttt_slot"), ["ttt_slot"]),
+    ):
+        assert [n for n in tiny(**env) if n.startswith("final_artifact")] == [
+            f"final_artifact_{label}" for label in labels
+        ]
 
 
 # Bad input as a process sees it: one message that names the thing, status 2, nothing written, on one rank and on two.
+
 
 def bad_shard(folder, split="train", **how):
     for name in ("fineweb_train_000000.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin"):
@@ -116,10 +168,20 @@ def bad_shard(folder, split="train", **how):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [0, 2])
-@pytest.mark.parametrize("case,word", [
-    (lambda f, d: {"DATA_PATH": "/nowhere"}, "DATA_PATH=/nowhere"), (lambda f, d: bad_shard(f, **d), "fineweb_train_000001.bin"),
-    (lambda f, d: bad_shard(f, "val", tokens=[1, 2, 400] * 100, **d), "token id 400 at position 2"), (lambda f, d: {"TRAIN_BATCH_TOKENS": "96"}, "TRAIN_BATCH_TOKENS=96"),
-    (lambda f, d: {"EVAL_STRIDE": "33", "SLOT_STEP": "1"}, "EVAL_STRIDE=33"), (lambda f, d: {"LOAD_ARTIFACT": str(ROOT / "README.md")}, "LOAD_ARTIFACT=")])
+@pytest.mark.parametrize(
+    "case,word",
+    [
+        (lambda f, d: {"DATA_PATH": "/nowhere"}, "DATA_PATH=/nowhere"),
+        (lambda f, d: bad_shard(f, **d), "fineweb_train_000001.bin"),
+        (
+            lambda f, d: bad_shard(f, "val", tokens=[1, 2, 400] * 100, **d),
+            "token id 400 at position 2",
+        ),
+        (lambda f, d: {"TRAIN_BATCH_TOKENS": "96"}, "TRAIN_BATCH_TOKENS=96"),
+        (lambda f, d: {"EVAL_STRIDE": "33", "SLOT_STEP": "1"}, "EVAL_STRIDE=33"),
+        (lambda f, d: {"LOAD_ARTIFACT": str(ROOT / "README.md")}, "LOAD_ARTIFACT="),
+    ],
+)
 def test_bad_input_ends_every_rank_at_once_with_one_message(ranks, case, word, tiny_data, tmp_path):
     if word.startswith("TRAIN_BATCH_TOKENS") and not ranks:
         pytest.skip("96 tokens can be split over one rank")
@@ -127,32 +189,67 @@ def test_bad_input_ends_every_rank_at_once_with_one_message(ranks, case, word, t
     folder.mkdir()
     cwd = tmp_path / "cwd"
     cwd.mkdir()
-    done = process({**TINY, **tiny_data, "RUN_ID": "bad", **case(folder, tiny_data)}, cwd, ranks, timeout=60)
-    assert done.returncode == (1 if ranks else 2) and word in done.stderr  # torchrun's own status is 1; it prints the ranks' 2
+    done = process(
+        {**TINY, **tiny_data, "RUN_ID": "bad", **case(folder, tiny_data)}, cwd, ranks, timeout=60
+    )
+    assert (
+        done.returncode == (1 if ranks else 2) and word in done.stderr
+    )  # torchrun's own status is 1; it prints the ranks' 2
     assert "exitcode  : 2" in done.stderr if ranks else done.stderr.startswith("error: ")
-    assert done.stderr.count("error: ") == 1 and "train_gpt.py\", line" not in done.stderr and not list(cwd.iterdir())
+    assert (
+        done.stderr.count("error: ") == 1
+        and 'train_gpt.py", line' not in done.stderr
+        and not list(cwd.iterdir())
+    )
 
 
 # The lineage's own artifacts, scored by its own scripts from disk on a CPU; figures from the notes that come with them.
 LINEAGE = PARITY / "lineage"
 EXPECTED = {
-    "a": dict(roundtrip=5.35985327, sliding_window=5.34953855, ttt=5.03121241, ttt_slot=5.02961052, strong=5.02339108),
-    "c": dict(roundtrip=4.89638162, sliding_window=4.89579467, ttt=4.88200379, ttt_slot=4.87995638, strong=4.87228217),
+    "a": dict(
+        roundtrip=5.35985327,
+        sliding_window=5.34953855,
+        ttt=5.03121241,
+        ttt_slot=5.02961052,
+        strong=5.02339108,
+    ),
+    "c": dict(
+        roundtrip=4.89638162,
+        sliding_window=4.89579467,
+        ttt=4.88200379,
+        ttt_slot=4.87995638,
+        strong=4.87228217,
+    ),
     # of #1313's script; SLOT-24 with the cosine that reaches its end. Its validation split is a's.
-    "b1313": dict(roundtrip=5.78774416, sliding_window=5.78530599, slot=5.47026901)}
+    "b1313": dict(roundtrip=5.78774416, sliding_window=5.78530599, slot=5.47026901),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LINEAGE.exists(), reason="the lineage's artifacts are not part of the repository")
+@pytest.mark.skipif(
+    not LINEAGE.exists(), reason="the lineage's artifacts are not part of the repository"
+)
 @pytest.mark.parametrize("name", EXPECTED)
 def test_lineage_artifacts_score_as_the_lineage_scored_them(name, tmp_path):
     folder = LINEAGE / name
-    env = dict(line.split("=", 1) for line in (folder / "settings.env").read_text().splitlines() if "=" in line)
-    env |= dict(DATA_PATH=str(LINEAGE / "a" if name == "b1313" else folder), TOKENIZER_PATH=str(PARITY / "fineweb_1024_bpe.model"),
-                LOAD_ARTIFACT=str(folder / "final_model.int6.ptz"))
-    runs = dict(plain=dict(EVALS="roundtrip,sliding_window,ttt,ttt_slot"), strong=dict(EVALS="ttt_slot", SLOT_STEPS="5", SLOT_LR="0.003"))
+    env = dict(
+        line.split("=", 1)
+        for line in (folder / "settings.env").read_text().splitlines()
+        if "=" in line
+    )
+    env |= dict(
+        DATA_PATH=str(LINEAGE / "a" if name == "b1313" else folder),
+        TOKENIZER_PATH=str(PARITY / "fineweb_1024_bpe.model"),
+        LOAD_ARTIFACT=str(folder / "final_model.int6.ptz"),
+    )
+    runs = dict(
+        plain=dict(EVALS="roundtrip,sliding_window,ttt,ttt_slot"),
+        strong=dict(EVALS="ttt_slot", SLOT_STEPS="5", SLOT_LR="0.003"),
+    )
     if name == "b1313":
-        runs = dict(plain=dict(TTT_ENABLED="0", SLOT_DELTA="window", SLOT_BIAS="1", SLOT_LOSS="scored"))
+        runs = dict(
+            plain=dict(TTT_ENABLED="0", SLOT_DELTA="window", SLOT_BIAS="1", SLOT_LOSS="scored")
+        )
     for run_id, more in runs.items():
         done = process({**env, "RUN_ID": run_id, **more}, tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -163,13 +260,28 @@ def test_lineage_artifacts_score_as_the_lineage_scored_them(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LINEAGE.exists(), reason="the lineage's settings and real text are not part of the repository")
+@pytest.mark.skipif(
+    not LINEAGE.exists(),
+    reason="the lineage's settings and real text are not part of the repository",
+)
 def test_training_with_the_lineages_settings_is_as_good_and_exports_what_it_trained(tmp_path):
     """The lineage's script: 4.1296 before averaging, 5.3599 exported."""
-    for name, source in (("train", PARITY / "fineweb_train_sample_sp1024.bin"), ("val", LINEAGE / "a" / "fineweb_val_000000.bin")):
+    for name, source in (
+        ("train", PARITY / "fineweb_train_sample_sp1024.bin"),
+        ("val", LINEAGE / "a" / "fineweb_val_000000.bin"),
+    ):
         (tmp_path / f"fineweb_{name}_000000.bin").symlink_to(source)
-    env = dict(line.split("=", 1) for line in (LINEAGE / "a" / "settings.env").read_text().splitlines() if "=" in line)
-    env |= dict(DATA_PATH=str(tmp_path), TOKENIZER_PATH=str(PARITY / "fineweb_1024_bpe.model"), RUN_ID="trained", EVALS="roundtrip")
+    env = dict(
+        line.split("=", 1)
+        for line in (LINEAGE / "a" / "settings.env").read_text().splitlines()
+        if "=" in line
+    )
+    env |= dict(
+        DATA_PATH=str(tmp_path),
+        TOKENIZER_PATH=str(PARITY / "fineweb_1024_bpe.model"),
+        RUN_ID="trained",
+        EVALS="roundtrip",
+    )
     done = process(env, tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     found = read_metrics(tmp_path / "logs" / "trained")
@@ -178,10 +290,17 @@ def test_training_with_the_lineages_settings_is_as_good_and_exports_what_it_trai
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LINEAGE.exists(), reason="the lineage's artifacts are not part of the repository")
+@pytest.mark.skipif(
+    not LINEAGE.exists(), reason="the lineage's artifacts are not part of the repository"
+)
 def test_damaged_lineage_artifact_is_refused(tmp_path):
     whole = (LINEAGE / "a" / "final_model.int6.ptz").read_bytes()
-    for data in (whole[:-1], whole[:1000], whole + b"x", whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]):
+    for data in (
+        whole[:-1],
+        whole[:1000],
+        whole + b"x",
+        whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:],
+    ):
         (tmp_path / "x.ptz").write_bytes(data)
         with pytest.raises(t.BadInput, match="LOAD_ARTIFACT=.*damaged"):
             t.read_artifact(t.load_config({"LOAD_ARTIFACT": str(tmp_path / "x.ptz")}))
@@ -190,24 +309,52 @@ def test_damaged_lineage_artifact_is_refused(tmp_path):
 def test_a_model_with_all_options_is_exported_and_evaluated_as_it_was_trained(tiny):
     """Recurrence that has begun or has not, and training on the validation tokens, travel with the artifact."""
     for start, adapted in (("4", "0"), ("99", "0"), ("0", "1")):
-        options = dict(VRL_ENABLED="1", GATED_ATTENTION="1", RECUR_LAYERS="1,2", RECUR_START=start, PREQUANT_TTT_ENABLED=adapted,
-                       PREQUANT_TTT_EPOCHS="2", PREQUANT_TTT_FREEZE_BLOCKS="1", XSA_LAST_N="3", EVALS="roundtrip,sliding_window")
+        options = dict(
+            VRL_ENABLED="1",
+            GATED_ATTENTION="1",
+            RECUR_LAYERS="1,2",
+            RECUR_START=start,
+            PREQUANT_TTT_ENABLED=adapted,
+            PREQUANT_TTT_EPOCHS="2",
+            PREQUANT_TTT_FREEZE_BLOCKS="1",
+            XSA_LAST_N="3",
+            EVALS="roundtrip,sliding_window",
+        )
         trained = tiny(RUN_ID=f"r{start}", **options)
-        again = tiny(LOAD_ARTIFACT=f"logs/r{start}/final_model.ptz", XSA_LAST_N="3", EVALS="roundtrip,sliding_window")
+        again = tiny(
+            LOAD_ARTIFACT=f"logs/r{start}/final_model.ptz",
+            XSA_LAST_N="3",
+            EVALS="roundtrip,sliding_window",
+        )
         for label in ("final_artifact_roundtrip", "final_artifact_sliding_window"):
             assert trained[label]["val_loss"] == again[label]["val_loss"]
             assert trained[label]["causal"] == again[label]["causal"] == (adapted == "0")
             assert again[label].get("breaks") == (None if adapted == "0" else "C3")
         lines = Path(f"logs/r{start}.txt").read_text().rsplit("=" * 100, 1)[1]
-        assert (f"recurrence:on step:{start} layers:1,2" in lines) == (start != "99") and lines.count("prequant_ttt:epoch") == 2 * int(adapted)
+        assert (f"recurrence:on step:{start} layers:1,2" in lines) == (
+            start != "99"
+        ) and lines.count("prequant_ttt:epoch") == 2 * int(adapted)
         if adapted == "1":  # two passes over the text it is then scored on
-            assert trained["final_float_roundtrip"]["val_loss"] < trained["step:12/12"]["val_loss"] - 0.01
+            assert (
+                trained["final_float_roundtrip"]["val_loss"]
+                < trained["step:12/12"]["val_loss"] - 0.01
+            )
 
 
 def test_pre_quantisation_ttt_leaves_frozen_blocks_alone(stream):
-    c = t.load_config({**TINY, "PREQUANT_TTT_ENABLED": "1", "PREQUANT_TTT_FREEZE_BLOCKS": "2", "PREQUANT_TTT_EPOCHS": "1"})
+    c = t.load_config(
+        {
+            **TINY,
+            "PREQUANT_TTT_ENABLED": "1",
+            "PREQUANT_TTT_FREEZE_BLOCKS": "2",
+            "PREQUANT_TTT_EPOCHS": "1",
+        }
+    )
     (run, val), model = stream(c), random_model(c)
-    before = {n: p.clone() for n, p in t.split_banks({n: p.detach() for n, p in model.named_parameters()}, 3).items()}
+    before = {
+        n: p.clone()
+        for n, p in t.split_banks({n: p.detach() for n, p in model.named_parameters()}, 3).items()
+    }
     t.train_on_validation(c, run, model, val)
     for name, p in t.split_banks({n: p.detach() for n, p in model.named_parameters()}, 3).items():
         assert torch.equal(p, before[name]) == name.startswith(("blocks.0.", "blocks.1.")), name
@@ -215,4 +362,8 @@ def test_pre_quantisation_ttt_leaves_frozen_blocks_alone(stream):
 
 def test_metrics_file_is_json_lines(finished):
     rows = [json.loads(line) for line in Path("logs/one/metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["label"] == "settings" and rows[0]["NUM_LAYERS"] == 3 and rows[-1]["label"] == "eval_total"
+    assert (
+        rows[0]["label"] == "settings"
+        and rows[0]["NUM_LAYERS"] == 3
+        and rows[-1]["label"] == "eval_total"
+    )

@@ -1,4 +1,5 @@
 """The scoring core and every evaluator: each target once, equal to plain versions, and causal exactly where it says so."""
+
 import functools
 import math
 
@@ -36,26 +37,40 @@ def plain_sliding(model, tokens, n, T, stride):
         end = min(done + stride, n) if done else T
         start = end - T
         logits = model.cap(model.project(model.hidden(tokens[None, start:end])))[0]
-        nll = F.cross_entropy(logits, tokens[start + 1:end + 1], reduction="none")
-        out[done:end] = nll[done - start:]
+        nll = F.cross_entropy(logits, tokens[start + 1 : end + 1], reduction="none")
+        out[done:end] = nll[done - start :]
         done = end
     return out
 
 
-@pytest.mark.parametrize("n,T,stride,batch", [(256, 32, 8, 256), (256, 32, 32, 64), (250, 32, 7, 96), (33, 32, 1, 32), (32, 32, 5, 32), (100, 16, 16, 48)])
+@pytest.mark.parametrize(
+    "n,T,stride,batch",
+    [
+        (256, 32, 8, 256),
+        (256, 32, 32, 64),
+        (250, 32, 7, 96),
+        (33, 32, 1, 32),
+        (32, 32, 5, 32),
+        (100, 16, 16, 48),
+    ],
+)
 def test_sliding_equals_a_plain_loop_for_any_length_stride_and_batch(n, T, stride, batch, stream):
     c = config(EVAL_SEQ_LEN=str(T), EVAL_STRIDE=str(stride), VAL_BATCH_SIZE=str(batch))
     (run, val), model = stream(c, n), random_model(config())
     nats, _ = t.score(run, model, val, [("sliding_window", c)])[0]
     with torch.no_grad():
-        torch.testing.assert_close(nats, plain_sliding(model, val.tokens, n, T, stride), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            nats, plain_sliding(model, val.tokens, n, T, stride), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_plan_that_scores_twice_or_never_is_a_fault(stream, monkeypatch):
     c = config()
     (run, val), model, plan = stream(c), random_model(config()), t.plan_windows
-    for wrong in (lambda *a: (plan(*a)[0], plan(*a)[1] - (np.arange(len(plan(*a)[1])) == 3)),
-                  lambda *a: (plan(*a)[0], plan(*a)[1] + (np.arange(len(plan(*a)[1])) == 3))):
+    for wrong in (
+        lambda *a: (plan(*a)[0], plan(*a)[1] - (np.arange(len(plan(*a)[1])) == 3)),
+        lambda *a: (plan(*a)[0], plan(*a)[1] + (np.arange(len(plan(*a)[1])) == 3)),
+    ):
         monkeypatch.setattr(t, "plan_windows", wrong)
         with pytest.raises(t.Fault, match=" of 256 targets were not scored exactly once"):
             t.score(run, model, val, [("sliding_window", c)])
@@ -64,7 +79,10 @@ def test_a_plan_that_scores_twice_or_never_is_a_fault(stream, monkeypatch):
 def plain_ttt(c, model, tokens, n):
     """Score-first TTT with plain SGD, as #549 describes it; chunks that are whole multiples of the window."""
     T, C, out = c.eval_seq_len, c.ttt_chunk_tokens, torch.zeros(n)
-    chunks, sgd = math.ceil(n / C), torch.optim.SGD(model.parameters(), lr=1.0, momentum=c.ttt_momentum)
+    chunks, sgd = (
+        math.ceil(n / C),
+        torch.optim.SGD(model.parameters(), lr=1.0, momentum=c.ttt_momentum),
+    )
     with torch.no_grad():
         whole = plain_sliding(model, tokens, n, T, c.eval_stride)
     for i in range(chunks):
@@ -77,11 +95,11 @@ def plain_ttt(c, model, tokens, n):
             return out
         sgd.param_groups[0]["lr"] = c.ttt_lr * 0.5 * (1 + math.cos(math.pi * i / (chunks - 1)))
         for _ in range(c.ttt_epochs):
-            x = tokens[i * C:(i + 1) * C].view(-1, T)
+            x = tokens[i * C : (i + 1) * C].view(-1, T)
             for b in range(0, len(x), c.ttt_batch_seqs):
-                y = tokens[i * C + 1:(i + 1) * C + 1].view(-1, T)[b:b + c.ttt_batch_seqs]
+                y = tokens[i * C + 1 : (i + 1) * C + 1].view(-1, T)[b : b + c.ttt_batch_seqs]
                 sgd.zero_grad()
-                model(x[b:b + c.ttt_batch_seqs], y).backward()
+                model(x[b : b + c.ttt_batch_seqs], y).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), c.ttt_grad_clip)
                 sgd.step()
 
@@ -93,7 +111,9 @@ def test_ttt_equals_a_plain_loop_and_gives_the_weights_back(batch, stream):
     before = [p.detach().clone() for p in model.parameters()]
     nats = t.score(run, model, val, [("ttt", c)])[0][0]
     torch.testing.assert_close(nats, plain_ttt(c, other, val.tokens, val.n), rtol=1e-4, atol=1e-4)
-    assert not torch.equal(model.qo_bank, before[[n for n, _ in model.named_parameters()].index("qo_bank")])
+    assert not torch.equal(
+        model.qo_bank, before[[n for n, _ in model.named_parameters()].index("qo_bank")]
+    )
     with torch.no_grad():
         for p, kept in zip(model.parameters(), before):
             p.copy_(kept)
@@ -102,7 +122,13 @@ def test_ttt_equals_a_plain_loop_and_gives_the_weights_back(batch, stream):
 
 
 def chunk_trainer(c, run, model):
-    return t.ChunkTrainer(c, run, model, functools.partial(torch.optim.SGD, momentum=c.ttt_momentum), c.ttt_freeze_blocks)
+    return t.ChunkTrainer(
+        c,
+        run,
+        model,
+        functools.partial(torch.optim.SGD, momentum=c.ttt_momentum),
+        c.ttt_freeze_blocks,
+    )
 
 
 @pytest.mark.parametrize("chunk,batch", [(72, 2), (100, 3), (32, 1), (33, 4), (128, 32)])
@@ -114,10 +140,17 @@ def test_each_scored_token_is_trained_on_once_an_epoch_for_any_chunk(chunk, batc
     for rank in range(3):
         run.rank, run.world = rank, 3
         trainer, counts = chunk_trainer(c, run, model), []
-        trainer.step = lambda inputs, targets, count: (counts.append(int(count)), [used.__setitem__(int(y) - 1, used[int(y) - 1] + 1) for y in targets.flatten() if y >= 0])
+        trainer.step = lambda inputs, targets, count: (
+            counts.append(int(count)),
+            [
+                used.__setitem__(int(y) - 1, used[int(y) - 1] + 1)
+                for y in targets.flatten()
+                if y >= 0
+            ],
+        )
         trainer.train(val.tokens, 2 * chunk, 3 * chunk, 0.1, 2)
         assert sum(counts) == 2 * chunk
-    assert (used[2 * chunk:3 * chunk] == 2).all() and used.sum() == 2 * chunk
+    assert (used[2 * chunk : 3 * chunk] == 2).all() and used.sum() == 2 * chunk
 
 
 def test_a_rank_without_sequences_still_steps(stream):
@@ -131,7 +164,10 @@ def test_a_rank_without_sequences_still_steps(stream):
 def test_freezing_blocks_freezes_their_matrices_too(stream):
     c = config(TTT_FREEZE_BLOCKS="2")
     (run, val), model = stream(c), random_model(config())
-    before = {n: p.clone() for n, p in t.split_banks({n: p.detach() for n, p in model.named_parameters()}, 3).items()}
+    before = {
+        n: p.clone()
+        for n, p in t.split_banks({n: p.detach() for n, p in model.named_parameters()}, 3).items()
+    }
     chunk_trainer(c, run, model).train(val.tokens, 0, 128, 0.1, 3)
     for name, p in t.split_banks({n: p.detach() for n, p in model.named_parameters()}, 3).items():
         assert torch.equal(p, before[name]) == name.startswith(("blocks.0.", "blocks.1.")), name
@@ -140,6 +176,7 @@ def test_freezing_blocks_freezes_their_matrices_too(stream):
 # The flip test (C1): with token p of the stream changed, no distribution for a token up to p may move by a bit: neither the
 # scores of earlier tokens nor the whole vector that scores p itself, which must not have looked at it.
 
+
 def vectors(label, c, stream, tokens, n=512):
     """Logits after the cap [n,V] that scored each target, in stream order."""
     run, val = stream(c, n, tokens=tokens)
@@ -147,7 +184,11 @@ def vectors(label, c, stream, tokens, n=512):
 
     def spy(model, h, targets, rows, shift=None):
         z = model.project(h.flatten(0, 1)[rows])
-        seen.append(model.cap(z if shift is None else z + (shift[rows // h.size(1)] if len(shift) > 1 else shift)))
+        seen.append(
+            model.cap(
+                z if shift is None else z + (shift[rows // h.size(1)] if len(shift) > 1 else shift)
+            )
+        )
         return row_nll(model, h, targets, rows, shift)
 
     t.row_nll = spy
@@ -156,8 +197,12 @@ def vectors(label, c, stream, tokens, n=512):
     finally:
         t.row_nll = row_nll
     seen = torch.cat(seen)
-    torch.testing.assert_close(F.cross_entropy(seen, tokens[1:], reduction="none"), nats, rtol=0, atol=0)
-    torch.testing.assert_close(seen.softmax(-1).sum(-1), torch.ones(n))  # C2: each is a distribution
+    torch.testing.assert_close(
+        F.cross_entropy(seen, tokens[1:], reduction="none"), nats, rtol=0, atol=0
+    )
+    torch.testing.assert_close(
+        seen.softmax(-1).sum(-1), torch.ones(n)
+    )  # C2: each is a distribution
     return seen
 
 
@@ -176,10 +221,14 @@ def moved(label, c, stream, probes=12):
     return count
 
 
-@pytest.mark.parametrize("label", [label for label in t.EVALS if "ctw" not in label])  # those have no logits: see test_ctw.py
+@pytest.mark.parametrize(
+    "label", [label for label in t.EVALS if "ctw" not in label]
+)  # those have no logits: see test_ctw.py
 def test_flip_test_agrees_with_every_claim(label, stream):
     changed = moved(label, config(), stream)
-    assert (changed == 0) == (t.broken_conditions(config(), label) == ""), f"{label}: {changed} probes moved earlier scores"
+    assert (changed == 0) == (t.broken_conditions(config(), label) == ""), (
+        f"{label}: {changed} probes moved earlier scores"
+    )
     if label.endswith("slot"):
         assert changed >= 10
 
@@ -188,12 +237,17 @@ def wrong_attention(monkeypatch):
     def attend(self, x, *rest, attend=t.Block.attend):
         y, v = attend(self, x, *rest)
         return y + 1e-3 * x.mean(1, keepdim=True), v
+
     monkeypatch.setattr(t.Block, "attend", attend)
 
 
 def wrong_smear(monkeypatch):
     hidden = t.GPT.hidden
-    monkeypatch.setattr(t.GPT, "hidden", lambda self, *args: hidden(self, *args) + 1e-3 * hidden(self, *args).roll(-1, 1))
+    monkeypatch.setattr(
+        t.GPT,
+        "hidden",
+        lambda self, *args: hidden(self, *args) + 1e-3 * hidden(self, *args).roll(-1, 1),
+    )
 
 
 def wrong_order(monkeypatch):
@@ -205,12 +259,27 @@ def wrong_order(monkeypatch):
         if done.get(id(model)) != chunk and (chunk + 1) * c.ttt_chunk_tokens <= val.n:
             done[id(model)] = chunk
             with torch.enable_grad():
-                chunk_trainer(c, run, model).train(val.tokens, chunk * c.ttt_chunk_tokens, (chunk + 1) * c.ttt_chunk_tokens, 0.05, 3)
+                chunk_trainer(c, run, model).train(
+                    val.tokens,
+                    chunk * c.ttt_chunk_tokens,
+                    (chunk + 1) * c.ttt_chunk_tokens,
+                    0.05,
+                    3,
+                )
         return batch(c, run, model, val, starts, firsts, *rest)
+
     monkeypatch.setattr(t, "score_batch", first)
 
 
-@pytest.mark.parametrize("label,wrong", [("sliding_window", wrong_attention), ("sliding_window", wrong_smear), ("ttt", wrong_attention), ("ttt", wrong_order)])
+@pytest.mark.parametrize(
+    "label,wrong",
+    [
+        ("sliding_window", wrong_attention),
+        ("sliding_window", wrong_smear),
+        ("ttt", wrong_attention),
+        ("ttt", wrong_order),
+    ],
+)
 def test_flip_test_catches_wrong_implementations(label, wrong, stream, monkeypatch):
     wrong(monkeypatch)
     assert moved(label, config(), stream) > 0
@@ -222,7 +291,9 @@ def test_no_causal_evaluator_beats_chance_on_random_tokens(stream):
     for label in ("roundtrip", "sliding_window", "ttt"):
         model = random_model(config(), scale=0.01)
         nats = t.score(run, model, val, [(label, c)])[0][0]
-        assert nats.mean().item() > math.log(c.vocab_size - 4) - 3 * nats.std().item() / math.sqrt(val.n)
+        assert nats.mean().item() > math.log(c.vocab_size - 4) - 3 * nats.std().item() / math.sqrt(
+            val.n
+        )
 
 
 def test_a_shared_pass_gives_what_each_evaluator_gives_alone(stream):
@@ -237,4 +308,6 @@ def test_a_shared_pass_gives_what_each_evaluator_gives_alone(stream):
 def test_bits_per_byte_is_nats_over_ln2_and_bytes(stream):
     _, val = stream(config(), 100)
     val.total_bytes = 250
-    assert t.mean_and_bpb(val, torch.full((100,), 2.0)) == pytest.approx((2.0, 2.0 / math.log(2) * 100 / 250))
+    assert t.mean_and_bpb(val, torch.full((100,), 2.0)) == pytest.approx(
+        (2.0, 2.0 / math.log(2) * 100 / 250)
+    )

@@ -1,4 +1,5 @@
 """tools/audit.py and tools/ablate.py as their users see them."""
+
 import math
 import os
 import re
@@ -16,110 +17,289 @@ from conftest import ROOT, TINY, process, t
 def made(tiny_data, tmp_path_factory):
     """(folder, settings, artifact) of a tiny run."""
     folder = tmp_path_factory.mktemp("made")
-    env = {**TINY, **tiny_data, "RUN_ID": "made", "EVALS": "none", "EVAL_SEQ_LEN": "16", "TTT_CHUNK_TOKENS": "64"}
+    env = {
+        **TINY,
+        **tiny_data,
+        "RUN_ID": "made",
+        "EVALS": "none",
+        "EVAL_SEQ_LEN": "16",
+        "TTT_CHUNK_TOKENS": "64",
+    }
     assert process(env, folder).returncode == 0
-    return folder, {k: v for k, v in env.items() if k not in ("RUN_ID", "EVALS")}, str(folder / "logs/made/final_model.ptz")
+    return (
+        folder,
+        {k: v for k, v in env.items() if k not in ("RUN_ID", "EVALS")},
+        str(folder / "logs/made/final_model.ptz"),
+    )
 
 
 def tool(name, words, env, cwd, ranks=0):
-    command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []),
-               str(ROOT / "tools" / f"{name}.py"), *words]
+    command = [
+        sys.executable,
+        *(
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+            if ranks
+            else []
+        ),
+        str(ROOT / "tools" / f"{name}.py"),
+        *words,
+    ]
     clean = {k: v for k, v in os.environ.items() if k not in {s.name for s in t.SETTINGS}}
-    return subprocess.run(command, env={**clean, **env}, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, env={**clean, **env}, cwd=cwd, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_audit_of_an_artifact_ends_with_0_when_claims_hold(ranks, made):
     folder, env, artifact = made
-    words = ["--artifact", artifact, "--targets", "192", "--probes", "8", "EVALS=sliding_window,ttt,slot", "SLOT_DELTA=window", "SLOT_LOSS=scored"]
+    words = [
+        "--artifact",
+        artifact,
+        "--targets",
+        "192",
+        "--probes",
+        "8",
+        "EVALS=sliding_window,ttt,slot",
+        "SLOT_DELTA=window",
+        "SLOT_LOSS=scored",
+    ]
     done = tool("audit", words, env, folder, ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if "as claimed" in line}
-    assert set(lines) == {"sliding_window", "ttt", "slot"} and "C1,C2,C3" in lines["slot"] and "NOT" not in done.stdout
-    assert f"192 targets, {ranks or 1} rank(s)" in done.stdout and not (folder / "logs" / "slot").exists()
+    assert (
+        set(lines) == {"sliding_window", "ttt", "slot"}
+        and "C1,C2,C3" in lines["slot"]
+        and "NOT" not in done.stdout
+    )
+    assert (
+        f"192 targets, {ranks or 1} rank(s)" in done.stdout
+        and not (folder / "logs" / "slot").exists()
+    )
 
 
 def test_audit_ends_with_1_when_a_claim_is_false(made, monkeypatch, capsys):
     folder, env, artifact = made
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    words = ["--artifact", artifact, "--targets", "96", "--probes", "6", "--sums", "0", "EVALS=slot"]
+    words = [
+        "--artifact",
+        artifact,
+        "--targets",
+        "96",
+        "--probes",
+        "6",
+        "--sums",
+        "0",
+        "EVALS=slot",
+    ]
     assert audit.main(words) == 0 and "NOT" not in capsys.readouterr().out
     monkeypatch.setattr(t, "broken_conditions", lambda c, label: "")
     assert audit.main(words) == 1 and "NOT AS CLAIMED" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", [("SLOT_DELTA=window", "SLOT_LOSS=context"), ("SLOT_DELTA=shared", "SLOT_LOSS=past"), ("SLOT_DELTA=window", "SLOT_LOSS=past")])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("SLOT_DELTA=window", "SLOT_LOSS=context"),
+        ("SLOT_DELTA=shared", "SLOT_LOSS=past"),
+        ("SLOT_DELTA=window", "SLOT_LOSS=past"),
+    ],
+)
 def test_causal_slot_survives_two_hundred_probes_on_two_ranks(mode, made):
     folder, env, artifact = made
-    done = tool("audit", ["--artifact", artifact, "--targets", "192", "--probes", "200", "--sums", "0", "EVALS=slot", *mode], env, folder, 2)
-    assert done.returncode == 0 and " 0/200 " in done.stdout and "2 rank(s)" in done.stdout, done.stdout + done.stderr
+    done = tool(
+        "audit",
+        [
+            "--artifact",
+            artifact,
+            "--targets",
+            "192",
+            "--probes",
+            "200",
+            "--sums",
+            "0",
+            "EVALS=slot",
+            *mode,
+        ],
+        env,
+        folder,
+        2,
+    )
+    assert done.returncode == 0 and " 0/200 " in done.stdout and "2 rank(s)" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
-@pytest.mark.parametrize("words,message", [(["--artifact", "none.ptz"], "LOAD_ARTIFACT=none.ptz"), (["--artifact", "none.ptz", "SLOT_STEPS"], "SLOT_STEPS: not a setting"),
-                                           (["--artifact", "x", "--preset", "pr1"], "PRESET=pr1: allowed: a comma list of pr1084"), (["--artifact", "x", "SLOT_STEPS=0"], "SLOT_STEPS=0")])
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--artifact", "none.ptz"], "LOAD_ARTIFACT=none.ptz"),
+        (["--artifact", "none.ptz", "SLOT_STEPS"], "SLOT_STEPS: not a setting"),
+        (["--artifact", "x", "--preset", "pr1"], "PRESET=pr1: allowed: a comma list of pr1084"),
+        (["--artifact", "x", "SLOT_STEPS=0"], "SLOT_STEPS=0"),
+    ],
+)
 def test_audit_refuses_bad_input_with_one_message(words, message, made):
     folder, env, _ = made
     done = tool("audit", words, env, folder)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: ")
+        and message in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_ablate_gives_what_runs_of_the_script_give(made):
     folder, env, artifact = made
-    rows = ["sliding_window", "ttt", "mine=slot SLOT_DELTA=window SLOT_LOSS=context SLOT_STEPS=5", "pr1313 EVAL_STRIDE=8", "roundtrip",
-            "eight=slot SLOT_BATCH_SEQS=8", "two=slot SLOT_BATCH_SEQS=2"]
-    done = tool("ablate", ["--artifact", artifact, "--run-id", "rows", "--title", "a", *rows], env, folder)
+    rows = [
+        "sliding_window",
+        "ttt",
+        "mine=slot SLOT_DELTA=window SLOT_LOSS=context SLOT_STEPS=5",
+        "pr1313 EVAL_STRIDE=8",
+        "roundtrip",
+        "eight=slot SLOT_BATCH_SEQS=8",
+        "two=slot SLOT_BATCH_SEQS=2",
+    ]
+    done = tool(
+        "ablate", ["--artifact", artifact, "--run-id", "rows", "--title", "a", *rows], env, folder
+    )
     assert done.returncode == 0, done.stderr
     found = {row["row"]: row for row in ablate.read_results(folder / "logs" / "rows")}
-    assert list(found) == ["sliding_window", "ttt", "mine", "pr1313 EVAL_STRIDE=8", "roundtrip", "eight", "two"]
-    alone = {"sliding_window": ("sliding_window", {}), "ttt": ("ttt", {}), "eight": ("slot", dict(SLOT_BATCH_SEQS="8")),
-             "two": ("slot", dict(SLOT_BATCH_SEQS="2")), "mine": ("slot", dict(SLOT_DELTA="window", SLOT_LOSS="context", SLOT_STEPS="5"))}
+    assert list(found) == [
+        "sliding_window",
+        "ttt",
+        "mine",
+        "pr1313 EVAL_STRIDE=8",
+        "roundtrip",
+        "eight",
+        "two",
+    ]
+    alone = {
+        "sliding_window": ("sliding_window", {}),
+        "ttt": ("ttt", {}),
+        "eight": ("slot", dict(SLOT_BATCH_SEQS="8")),
+        "two": ("slot", dict(SLOT_BATCH_SEQS="2")),
+        "mine": ("slot", dict(SLOT_DELTA="window", SLOT_LOSS="context", SLOT_STEPS="5")),
+    }
     for name, (label, more) in alone.items():
-        run = process({**env, "LOAD_ARTIFACT": artifact, "RUN_ID": f"alone_{name}", "EVALS": label, **more}, folder)
+        run = process(
+            {**env, "LOAD_ARTIFACT": artifact, "RUN_ID": f"alone_{name}", "EVALS": label, **more},
+            folder,
+        )
         assert run.returncode == 0, run.stderr
-        assert float(re.search(rf"final_artifact_{label} val_loss:(\S+)", run.stdout)[1]) == pytest.approx(found[name]["val_loss"], abs=1e-6)
-    assert [row["causal"] for row in found.values()] == [True, True, True, False, True, False, False]
+        assert float(
+            re.search(rf"final_artifact_{label} val_loss:(\S+)", run.stdout)[1]
+        ) == pytest.approx(found[name]["val_loss"], abs=1e-6)
+    assert [row["causal"] for row in found.values()] == [
+        True,
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
     assert abs(found["eight"]["val_loss"] - found["two"]["val_loss"]) > 1e-5
-    assert found["pr1313 EVAL_STRIDE=8"]["diff"] == pytest.approx(found["pr1313 EVAL_STRIDE=8"]["val_bpb"] - found["sliding_window"]["val_bpb"])
+    assert found["pr1313 EVAL_STRIDE=8"]["diff"] == pytest.approx(
+        found["pr1313 EVAL_STRIDE=8"]["val_bpb"] - found["sliding_window"]["val_bpb"]
+    )
     assert (folder / "logs/rows/ablate.png").stat().st_size > 10_000
-    assert "| mine |" in done.stdout and (folder / "logs/rows.txt").read_text().count("\nablate_") == 7
-    again = tool("ablate", ["--artifact", artifact, "--run-id", "rows", "sliding_window"], env, folder)
+    assert (
+        "| mine |" in done.stdout and (folder / "logs/rows.txt").read_text().count("\nablate_") == 7
+    )
+    again = tool(
+        "ablate", ["--artifact", artifact, "--run-id", "rows", "sliding_window"], env, folder
+    )
     assert again.returncode == 2 and "RUN_ID=rows" in again.stderr
 
 
 def test_ablate_on_two_ranks_gives_the_same_and_writes_once(made):
     folder, env, artifact = made
     for ranks in (0, 2):
-        done = tool("ablate", ["--artifact", artifact, "--run-id", f"ranks{ranks}", "sliding_window", "slot SLOT_LOSS=past"], env, folder, ranks)
+        done = tool(
+            "ablate",
+            [
+                "--artifact",
+                artifact,
+                "--run-id",
+                f"ranks{ranks}",
+                "sliding_window",
+                "slot SLOT_LOSS=past",
+            ],
+            env,
+            folder,
+            ranks,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("| slot SLOT_LOSS=past |") == 1
-    one, two = ([row["val_loss"] for row in ablate.read_results(folder / "logs" / f"ranks{ranks}")] for ranks in (0, 2))
+    one, two = (
+        [row["val_loss"] for row in ablate.read_results(folder / "logs" / f"ranks{ranks}")]
+        for ranks in (0, 2)
+    )
     assert one == pytest.approx(two, abs=1e-6)
 
 
 def test_ablate_crosses_rows_with_a_grid_and_redraws(made):
     folder, env, artifact = made
-    words = ["--artifact", artifact, "--run-id", "grid", "--grid", "SLOT_STEPS=1,2", "--grid", "SLOT_LR=0.01,0.1", "sliding_window", "a=slot",
-             "b=slot SLOT_LOSS=past"]
+    words = [
+        "--artifact",
+        artifact,
+        "--run-id",
+        "grid",
+        "--grid",
+        "SLOT_STEPS=1,2",
+        "--grid",
+        "SLOT_LR=0.01,0.1",
+        "sliding_window",
+        "a=slot",
+        "b=slot SLOT_LOSS=past",
+    ]
     done = tool("ablate", words, env, folder)
     assert done.returncode == 0, done.stderr
     rows = ablate.read_results(folder / "logs" / "grid")
-    assert [r["row"] for r in rows][:3] == ["sliding_window", "a SLOT_STEPS=1 SLOT_LR=0.01", "a SLOT_STEPS=1 SLOT_LR=0.1"] and len(rows) == 9
+    assert [r["row"] for r in rows][:3] == [
+        "sliding_window",
+        "a SLOT_STEPS=1 SLOT_LR=0.01",
+        "a SLOT_STEPS=1 SLOT_LR=0.1",
+    ] and len(rows) == 9
     picture = folder / "logs/grid/ablate.png"
     picture.unlink()
-    assert tool("ablate", ["--run-id", "grid", "--redraw"], env, folder).returncode == 0 and picture.exists()
+    assert (
+        tool("ablate", ["--run-id", "grid", "--redraw"], env, folder).returncode == 0
+        and picture.exists()
+    )
 
 
-@pytest.mark.parametrize("words,message", [
-    ([], "--artifact and at least one row"), (["--artifact", "x.ptz", "slot"], "LOAD_ARTIFACT=x.ptz"), (["--artifact", "ART", "slott"], "'slott': a row is"),
-    (["--artifact", "ART", "slot SLOT_STEPS=0"], "SLOT_STEPS=0"), (["--artifact", "ART", "slot MODEL_DIM=8"], "MODEL_DIM is no setting of evaluation"),
-    (["--artifact", "ART", "slot SLOT_STEP=2"], "SLOT_STEP"), (["--artifact", "ART", "--grid", "SEED=1,2", "slot"], "--grid SEED=1,2"),
-    (["--artifact", "ART", "--grid", "EVAL_STRIDE=64", "sliding_window"], "EVAL_STRIDE=64"),
-    (["--artifact", "ART", "--grid", "SLOT_STEPS=1,0", "slot"], "--grid SLOT_STEPS=0: allowed: integer, 1 to 1000")])
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ([], "--artifact and at least one row"),
+        (["--artifact", "x.ptz", "slot"], "LOAD_ARTIFACT=x.ptz"),
+        (["--artifact", "ART", "slott"], "'slott': a row is"),
+        (["--artifact", "ART", "slot SLOT_STEPS=0"], "SLOT_STEPS=0"),
+        (["--artifact", "ART", "slot MODEL_DIM=8"], "MODEL_DIM is no setting of evaluation"),
+        (["--artifact", "ART", "slot SLOT_STEP=2"], "SLOT_STEP"),
+        (["--artifact", "ART", "--grid", "SEED=1,2", "slot"], "--grid SEED=1,2"),
+        (["--artifact", "ART", "--grid", "EVAL_STRIDE=64", "sliding_window"], "EVAL_STRIDE=64"),
+        (
+            ["--artifact", "ART", "--grid", "SLOT_STEPS=1,0", "slot"],
+            "--grid SLOT_STEPS=0: allowed: integer, 1 to 1000",
+        ),
+    ],
+)
 def test_ablate_refuses_bad_input_before_it_writes(words, message, made):
     folder, env, artifact = made
-    done = tool("ablate", ["--run-id", "bad", *(artifact if w == "ART" else w for w in words)], env, folder)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr and not (folder / "logs" / "bad").exists(), done.stderr
+    done = tool(
+        "ablate", ["--run-id", "bad", *(artifact if w == "ART" else w for w in words)], env, folder
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: ")
+        and message in done.stderr
+        and not (folder / "logs" / "bad").exists()
+    ), done.stderr
 
 
 def test_documents_begin_at_their_first_token():
@@ -136,4 +316,6 @@ def test_intervals_hold_the_truth_about_95_times_in_100():
         assert point == pytest.approx(d.mean() / math.log(2) / 2) and low < point < high
         hits += low <= 0.1 / math.log(2) / 2 <= high
     assert 50 <= hits <= 60
-    assert ablate.interval(np.full(2000, 0.1), np.zeros(2000), doc, size) == pytest.approx([0.1 / math.log(2) / 2] * 3)
+    assert ablate.interval(np.full(2000, 0.1), np.zeros(2000), doc, size) == pytest.approx(
+        [0.1 / math.log(2) / 2] * 3
+    )

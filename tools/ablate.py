@@ -13,6 +13,7 @@ pass over the model, so 75 SLOT settings cost one sliding evaluation and 75 time
 
 Writes logs/RUN_ID.txt and in logs/RUN_ID/: metrics.jsonl, ablate.csv, ablate.png. Exit status: 0 done, 2 bad input.
 """
+
 import argparse
 import csv
 import itertools
@@ -40,18 +41,24 @@ def parse_row(text, env, base):
     names = "|".join((*t.EVALS, *t.PRESETS))
     match = re.fullmatch(rf"(?:([^=]+)=)?({names})((?: +\w+=\S*)*)", text)
     if not match:
-        raise t.BadInput(f"{text!r}: a row is [NAME=]EVALUATOR or [NAME=]PRESET, then SETTING=VALUE; evaluators: {', '.join(t.EVALS)}; presets: "
-                         f"{', '.join(t.PRESETS)}.")
+        raise t.BadInput(
+            f"{text!r}: a row is [NAME=]EVALUATOR or [NAME=]PRESET, then SETTING=VALUE; evaluators: {', '.join(t.EVALS)}; presets: "
+            f"{', '.join(t.PRESETS)}."
+        )
     name, first, rest = match.groups()
     given = dict(w.split("=", 1) for w in rest.split())
     wrong = [n for n in given if not n.startswith(EVALUATION)]
     if wrong:
-        raise t.BadInput(f"{text!r}: {wrong[0]} is no setting of evaluation; allowed: those that begin with {', '.join(EVALUATION)}.")
+        raise t.BadInput(
+            f"{text!r}: {wrong[0]} is no setting of evaluation; allowed: those that begin with {', '.join(EVALUATION)}."
+        )
     # the artifact's model settings, then the environment, then the preset's evaluation, then the row's own
     preset = {k: v for k, v in t.PRESETS.get(first, {}).items() if k.startswith(EVALUATION)}
     shape = {n: t.shown(getattr(base, n.lower())) for n in t.MODEL_SETTINGS}
     label = first if first in t.EVALS else None
-    c = t.load_config({**env, **shape, **preset, **given, **({"EVALS": label} if label else {"EVALS": "auto"})})
+    c = t.load_config(
+        {**env, **shape, **preset, **given, **({"EVALS": label} if label else {"EVALS": "auto"})}
+    )
     return name or text, label or c.evals[-1], c
 
 
@@ -67,11 +74,25 @@ def cross(rows, grid):
     """Rows times the grid's values where a row's evaluator reads them."""
     found = []
     for row in rows:
-        reads = [g for g in grid if g[0].split("_")[0].lower() in row[1] or g[0].startswith("EVAL_") and row[1] != "roundtrip"]
+        reads = [
+            g
+            for g in grid
+            if g[0].split("_")[0].lower() in row[1]
+            or g[0].startswith("EVAL_")
+            and row[1] != "roundtrip"
+        ]
         for values in itertools.product(*(values for _, values in reads)):
             changes = {n.lower(): grid_value(n, v) for (n, _), v in zip(reads, values)}
             name = " ".join([row[0], *(f"{n}={v}" for (n, _), v in zip(reads, values))])
-            found.append((name, row[1], t.dataclasses.replace(row[2], **changes), row[0], dict(zip((n for n, _ in reads), values))))
+            found.append(
+                (
+                    name,
+                    row[1],
+                    t.dataclasses.replace(row[2], **changes),
+                    row[0],
+                    dict(zip((n for n, _ in reads), values)),
+                )
+            )
     return found
 
 
@@ -88,8 +109,16 @@ def interval(nats, other, doc, size):
     point = d.sum() / b.sum()
     if len(d) < 2 or not d.any():
         return point, point, point
-    found = stats.bootstrap((d, b), lambda d, b, axis: d.sum(axis) / b.sum(axis), paired=True, vectorized=True, method="percentile",
-                            n_resamples=9999, batch=500, rng=np.random.default_rng(0)).confidence_interval
+    found = stats.bootstrap(
+        (d, b),
+        lambda d, b, axis: d.sum(axis) / b.sum(axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=9999,
+        batch=500,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
     return point, found.low, found.high
 
 
@@ -99,8 +128,15 @@ def score_rows(run, model, val, rows):
     for k, (_, label, c, *_) in enumerate(rows):
         shared = {n: v for n, v in vars(c).items() if n.startswith(("ttt_", "eval_s", "val_batch"))}
         batch = c.slot_batch_seqs if label.endswith("slot") else None
-        key = (label == "roundtrip", label.startswith("ttt"), tuple(shared.values()) if label != "roundtrip" else ())
-        same = next((p for p in passes if p[0] == key and (p[1] is None or batch is None or p[1] == batch)), None)
+        key = (
+            label == "roundtrip",
+            label.startswith("ttt"),
+            tuple(shared.values()) if label != "roundtrip" else (),
+        )
+        same = next(
+            (p for p in passes if p[0] == key and (p[1] is None or batch is None or p[1] == batch)),
+            None,
+        )
         members = passes.pop(same, []) if same else []
         passes[key, batch if same is None or same[1] is None else same[1]] = [*members, k]
     for members in passes.values():
@@ -114,12 +150,18 @@ def score_rows(run, model, val, rows):
 def bar_chart(rows, path, title):
     """Differences to the first row with their intervals, causal and not in two colours."""
     from matplotlib.figure import Figure
+
     rows = rows[1:] or rows
     figure = Figure(figsize=(8, 1.6 + 0.36 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for k, row in enumerate(rows):
-        axes.barh(k, row["diff"], color=COLOURS[row["causal"]], xerr=[[row["diff"] - row["low"]], [row["high"] - row["diff"]]],
-                  error_kw=dict(capsize=3, lw=1))
+        axes.barh(
+            k,
+            row["diff"],
+            color=COLOURS[row["causal"]],
+            xerr=[[row["diff"] - row["low"]], [row["high"] - row["diff"]]],
+            error_kw=dict(capsize=3, lw=1),
+        )
     axes.set_yticks(range(len(rows)), [row["row"] for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="black", lw=0.8)
@@ -132,41 +174,84 @@ def bar_chart(rows, path, title):
 def handles():
     """Legend of the two colours."""
     from matplotlib.patches import Patch
-    return [Patch(color=COLOURS[True], label="causal"), Patch(color=COLOURS[False], label="not causal: no compression result")]
+
+    return [
+        Patch(color=COLOURS[True], label="causal"),
+        Patch(color=COLOURS[False], label="not causal: no compression result"),
+    ]
 
 
 def line_chart(rows, path, title, steps):
     """Difference over the values of one setting, a line for each row and a panel for each value of the others."""
     from matplotlib.figure import Figure
+
     swept = [row for row in rows if steps in row["grid"]]
-    panels = sorted({tuple((k, v) for k, v in row["grid"].items() if k != steps) for row in swept}, key=lambda p: [float(v) for _, v in p])
+    panels = sorted(
+        {tuple((k, v) for k, v in row["grid"].items() if k != steps) for row in swept},
+        key=lambda p: [float(v) for _, v in p],
+    )
     figure = Figure(figsize=(1 + 3.6 * len(panels), 4.6), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
         names = dict.fromkeys(row["base"] for row in swept)
         for name, marker in zip(names, itertools.cycle("os^Dvx*")):
-            line = [row for row in swept if row["base"] == name and all(row["grid"][k] == v for k, v in panel)]
+            line = [
+                row
+                for row in swept
+                if row["base"] == name and all(row["grid"][k] == v for k, v in panel)
+            ]
             x, y = [float(row["grid"][steps]) for row in line], [row["diff"] for row in line]
-            span = [[row["diff"] - row["low"] for row in line], [row["high"] - row["diff"] for row in line]]
-            axes.errorbar(x, y, span, marker=marker, ms=9 if marker == "o" else 5, mfc="none" if marker == "o" else None, lw=1.4, capsize=2,
-                          color=COLOURS[line[0]["causal"]], ls="-" if line[0]["causal"] else "--", label=name)
+            span = [
+                [row["diff"] - row["low"] for row in line],
+                [row["high"] - row["diff"] for row in line],
+            ]
+            axes.errorbar(
+                x,
+                y,
+                span,
+                marker=marker,
+                ms=9 if marker == "o" else 5,
+                mfc="none" if marker == "o" else None,
+                lw=1.4,
+                capsize=2,
+                color=COLOURS[line[0]["causal"]],
+                ls="-" if line[0]["causal"] else "--",
+                label=name,
+            )
         axes.axhline(0, color="black", lw=0.8)
         axes.set(xscale="log", xlabel=steps, title=", ".join(f"{k}={v}" for k, v in panel))
-        axes.set_xticks(sorted({float(row["grid"][steps]) for row in swept}), sorted({int(row["grid"][steps]) for row in swept}), minor=False)
+        axes.set_xticks(
+            sorted({float(row["grid"][steps]) for row in swept}),
+            sorted({int(row["grid"][steps]) for row in swept}),
+            minor=False,
+        )
         axes.minorticks_off()
         axes.set_yscale("symlog", linthresh=0.003)
         axes.grid(axis="y", lw=0.3)
-    figure.axes[0].set_ylabel("difference in val_bpb to the first row\n(linear within 0.003, then logarithmic)")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.axes[0].set_ylabel(
+        "difference in val_bpb to the first row\n(linear within 0.003, then logarithmic)"
+    )
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        fontsize=8,
+        frameon=False,
+    )
     figure.suptitle(title + " (solid blue: causal, dashed red: not)", fontsize=10)
     figure.savefig(path, dpi=130)
 
 
 def table(rows):
     """Rows as lines of Markdown."""
-    lines = ["| row | val_bpb | difference | 95 % interval | causal | seconds |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| row | val_bpb | difference | 95 % interval | causal | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         causal = "yes" if row["causal"] else f"no ({row['breaks']})"
-        lines.append(f"| {row['row']} | {row['val_bpb']:.4f} | {row['diff']:+.4f} | {row['low']:+.4f} to {row['high']:+.4f} | {causal} | {row['seconds']:.1f} |")
+        lines.append(
+            f"| {row['row']} | {row['val_bpb']:.4f} | {row['diff']:+.4f} | {row['low']:+.4f} to {row['high']:+.4f} | {causal} | {row['seconds']:.1f} |"
+        )
     return lines
 
 
@@ -179,10 +264,37 @@ def ablate(run, model, val, rows):
         loss, bpb = t.mean_and_bpb(val, torch.from_numpy(nats))
         diff, low, high = interval(nats, base, doc, val.bytes)
         broken = t.broken_conditions(c, label)
-        run.metric(f"ablate_{name}", evaluator=label, val_loss=loss, val_bpb=bpb, diff=diff, low=low, high=high, causal=not broken,
-                   breaks=broken or "none", seconds=seconds, tokens=val.n, bytes=val.total_bytes, documents=int(doc.max()) + 1)
-        results.append(dict(row=name, evaluator=label, val_loss=loss, val_bpb=bpb, diff=diff, low=low, high=high, causal=not broken, breaks=broken,
-                            seconds=seconds, base=family, grid=grid))
+        run.metric(
+            f"ablate_{name}",
+            evaluator=label,
+            val_loss=loss,
+            val_bpb=bpb,
+            diff=diff,
+            low=low,
+            high=high,
+            causal=not broken,
+            breaks=broken or "none",
+            seconds=seconds,
+            tokens=val.n,
+            bytes=val.total_bytes,
+            documents=int(doc.max()) + 1,
+        )
+        results.append(
+            dict(
+                row=name,
+                evaluator=label,
+                val_loss=loss,
+                val_bpb=bpb,
+                diff=diff,
+                low=low,
+                high=high,
+                causal=not broken,
+                breaks=broken,
+                seconds=seconds,
+                base=family,
+                grid=grid,
+            )
+        )
     return results
 
 
@@ -199,19 +311,38 @@ def read_results(folder):
     for row in rows:
         for key in ("val_loss", "val_bpb", "diff", "low", "high", "seconds"):
             row[key] = float(row[key])
-        row["causal"], row["grid"] = row["causal"] == "True", dict(w.split("=") for w in row["grid"].split())
+        row["causal"], row["grid"] = (
+            row["causal"] == "True",
+            dict(w.split("=") for w in row["grid"].split()),
+        )
     return rows
 
 
 def main(argv=None):
     """Run the rows; 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--artifact", help="final_model.ptz to evaluate")
-    parser.add_argument("--run-id", required=True, help="name of the log and folder in logs/, which must be new")
-    parser.add_argument("--grid", action="append", default=[], metavar="NAME=A,B,...", help="values to cross rows with")
+    parser.add_argument(
+        "--run-id", required=True, help="name of the log and folder in logs/, which must be new"
+    )
+    parser.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="NAME=A,B,...",
+        help="values to cross rows with",
+    )
     parser.add_argument("--title", default="", help="title of the figure")
-    parser.add_argument("--redraw", action="store_true", help="only draw the figure of an existing folder again")
-    parser.add_argument("rows", nargs="*", help="evaluators or presets with settings; the first one is compared with")
+    parser.add_argument(
+        "--redraw", action="store_true", help="only draw the figure of an existing folder again"
+    )
+    parser.add_argument(
+        "rows",
+        nargs="*",
+        help="evaluators or presets with settings; the first one is compared with",
+    )
     args = parser.parse_args(argv)
     if args.redraw:
         draw(read_results(Path("logs") / args.run_id), Path("logs") / args.run_id, args.title)
@@ -223,7 +354,9 @@ def main(argv=None):
         known = {s.name for s in t.SETTINGS if s.name.startswith(EVALUATION)}
         grid = [(g.partition("=")[0], g.partition("=")[2].split(",")) for g in args.grid]
         if [n for n, values in grid if n not in known or not values[0]]:
-            raise t.BadInput(f"--grid {' '.join(args.grid)}: write SETTING=A,B with a setting of evaluation.")
+            raise t.BadInput(
+                f"--grid {' '.join(args.grid)}: write SETTING=A,B with a setting of evaluation."
+            )
         run, c, model, val = audit.load(args.artifact, {**env, "EVALS": "none"})
         rows = cross([parse_row(text, env, c) for text in args.rows], grid)
         for _, _, row, *_ in rows:
@@ -239,7 +372,10 @@ def main(argv=None):
         with open(run.folder / "ablate.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, results[0])
             writer.writeheader()
-            writer.writerows({**row, "grid": " ".join(f"{k}={v}" for k, v in row["grid"].items())} for row in results)
+            writer.writerows(
+                {**row, "grid": " ".join(f"{k}={v}" for k, v in row["grid"].items())}
+                for row in results
+            )
         draw(results, run.folder, args.title or args.run_id)
         print("\n".join(table(results)), flush=True)
     return 0

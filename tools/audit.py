@@ -17,6 +17,7 @@ each; --targets is how much of it is used. What is checked:
 
 Exit status: 0 every claim holds, 1 an evaluator breaks other conditions than it says, 2 bad input.
 """
+
 import argparse
 import dataclasses
 import math
@@ -49,8 +50,11 @@ def score(run, model, tokens, label, c):
 def shrink(c, targets):
     """Settings with chunks and batches of which `targets` holds several; a batch of one window stays one."""
     windows = max(2, targets // c.eval_stride // 8)
-    return dataclasses.replace(c, ttt_chunk_tokens=min(c.ttt_chunk_tokens, max(c.eval_seq_len, targets // 4)),
-                               slot_batch_seqs=min(c.slot_batch_seqs, windows))
+    return dataclasses.replace(
+        c,
+        ttt_chunk_tokens=min(c.ttt_chunk_tokens, max(c.eval_seq_len, targets // 4)),
+        slot_batch_seqs=min(c.slot_batch_seqs, windows),
+    )
 
 
 def boundaries(c, run, label, n):
@@ -58,15 +62,29 @@ def boundaries(c, run, label, n):
     T = c.eval_seq_len
     starts, firsts = t.plan_windows(n, T, T if label == "roundtrip" else c.eval_stride)
     heads = starts + firsts + 1
-    size = c.slot_batch_seqs if label.endswith("slot") else max(1, c.val_batch_size // (T * run.world))
+    size = (
+        c.slot_batch_seqs if label.endswith("slot") else max(1, c.val_batch_size // (T * run.world))
+    )
     chunks = [int(np.searchsorted(heads, k + 1)) for k in range(0, n, c.ttt_chunk_tokens)]
-    picked = [1, 2, chunks[-1] + size, *chunks, *(k + size for k in chunks), *(k + 1 for k in chunks), len(heads) - 1]
-    return sorted({int(heads[k]) for k in picked if 0 < k < len(heads)} | {int(heads[1]) + 1} if len(heads) > 1 else set())
+    picked = [
+        1,
+        2,
+        chunks[-1] + size,
+        *chunks,
+        *(k + size for k in chunks),
+        *(k + 1 for k in chunks),
+        len(heads) - 1,
+    ]
+    return sorted(
+        {int(heads[k]) for k in picked if 0 < k < len(heads)} | {int(heads[1]) + 1}
+        if len(heads) > 1
+        else set()
+    )
 
 
 def probes(c, run, label, n, count, rng):
     """Token indices to change: boundaries first, then random ones; every index leaves an earlier score that could move."""
-    found = boundaries(c, run, label, n)[:max(1, count // 2)]
+    found = boundaries(c, run, label, n)[: max(1, count // 2)]
     return found + rng.integers(2, n + 1, max(0, count - len(found))).tolist()
 
 
@@ -78,7 +96,10 @@ def flip(run, model, tokens, label, c, where):
     for p in where:
         changed = tokens.clone()
         changed[p] = (changed[p] + 1 + p % (c.vocab_size - 1)) % c.vocab_size
-        before, after = base[:p - 1], score(run, model, changed, label, c)[:p - 1]  # token p is target p - 1
+        before, after = (
+            base[: p - 1],
+            score(run, model, changed, label, c)[: p - 1],
+        )  # token p is target p - 1
         moved += not torch.equal(before, after)
         largest = max(largest, (before - after).abs().max().item() if p > 1 else 0.0)
     return moved, largest
@@ -101,8 +122,14 @@ class Ledger:
 
     def __init__(self, c, label, n):
         self.c, self.T, self.next, self.early, self.uses = c, c.eval_seq_len, 0, 0, 0
-        starts, firsts = t.plan_windows(n, self.T, self.T if label == "roundtrip" else c.eval_stride)
-        self.starts, self.scored_by, self.count = starts, np.repeat(np.arange(len(starts)), self.T - firsts), np.zeros(n, int)
+        starts, firsts = t.plan_windows(
+            n, self.T, self.T if label == "roundtrip" else c.eval_stride
+        )
+        self.starts, self.scored_by, self.count = (
+            starts,
+            np.repeat(np.arange(len(starts)), self.T - firsts),
+            np.zeros(n, int),
+        )
 
     def use(self, targets, window):
         """Note that the parameters for `window` and later ones were fitted to these targets."""
@@ -111,13 +138,19 @@ class Ledger:
 
     def watch(self, run, model, tokens, label):
         """Run the evaluator with the ledger open; returns itself."""
-        names = [(t, "score_batch"), (t.ChunkTrainer, "train"), (t.Ctw, "learn"), (t.Slot, "nats"), (t.Slot, "fit")]
+        names = [
+            (t, "score_batch"),
+            (t.ChunkTrainer, "train"),
+            (t.Ctw, "learn"),
+            (t.Slot, "nats"),
+            (t.Slot, "fit"),
+        ]
         kept = [getattr(*name) for name in names]
 
         def score_batch(c, run, model, val, starts, firsts, *rest):
             self.next += len(starts)
             for start, first in zip(starts, firsts):
-                self.count[start + first:start + self.T] += 1
+                self.count[start + first : start + self.T] += 1
             return kept[0](c, run, model, val, starts, firsts, *rest)
 
         def train(trainer, tokens, begin, end, *rest):
@@ -134,11 +167,16 @@ class Ledger:
 
         def fit(slot, h, targets, rows, shares, *rest):
             R = self.batch.size(1)  # the last rows of each window
-            offset = (h.data_ptr() - self.batch.data_ptr()) // (h.element_size() * h.size(1) * R)  # of its first window
+            offset = (h.data_ptr() - self.batch.data_ptr()) // (
+                h.element_size() * h.size(1) * R
+            )  # of its first window
             first, windows = self.next - len(self.batch) + offset, len(h) // R
             for group, share in zip(rows.cpu().numpy(), shares.cpu().numpy()):
                 used, own = group[share > 0], first + (group[:1] // R).sum() * (len(rows) > 1)
-                self.use(self.starts[first + used // R] + self.T - R + used % R, first + windows if self.c.slot_loss == "past" else own)
+                self.use(
+                    self.starts[first + used // R] + self.T - R + used % R,
+                    first + windows if self.c.slot_loss == "past" else own,
+                )
             return kept[4](slot, h, targets, rows, shares, *rest)
 
         try:
@@ -155,7 +193,9 @@ class Ledger:
 
 def floor(run, model, c, label, n, rng):
     """(mean nats on uniform random tokens less ln V, its standard error)."""
-    nats = score(run, model, torch.from_numpy(rng.integers(0, c.vocab_size, n + 1)).to(run.device), label, c).double()
+    nats = score(
+        run, model, torch.from_numpy(rng.integers(0, c.vocab_size, n + 1)).to(run.device), label, c
+    ).double()
     return nats.mean().item() - math.log(c.vocab_size), nats.std().item() / math.sqrt(n)
 
 
@@ -168,17 +208,42 @@ def audit(run, model, tokens, label, c, count=24, sum_count=1, seed=0):
     # what is learnt from the past has been learnt by then, and later windows of a batch have the place as context.
     T = c.eval_seq_len
     places = [min(n, T + 1 + c.eval_stride // 2 + k) for k in range(sum_count)]
-    off = sums(run, model, tokens[:min(n, 2 * T) + 1], label, dataclasses.replace(c, ttt_chunk_tokens=T), places) if places else None
+    off = (
+        sums(
+            run,
+            model,
+            tokens[: min(n, 2 * T) + 1],
+            label,
+            dataclasses.replace(c, ttt_chunk_tokens=T),
+            places,
+        )
+        if places
+        else None
+    )
     ledger = Ledger(c, label, n).watch(run, model, tokens, label) if run.world == 1 else None
     gap, error = floor(run, t.GPT(c, model.dtype, model.attention).to(run.device), c, label, n, rng)
     broken = ["C1"] * (moved > 0) + ["C2"] * (off is not None and off > 2e-5)
     if ledger:
         broken += ["C3"] * (ledger.early > 0) + ["C4"] * bool((ledger.count != 1).any())
     claim = t.broken_conditions(c, label)
-    compared = [w for w in claim.split(",") if w and (ledger or w != "C3") and (sum_count or w != "C2")]  # what was checked
-    return dict(evaluator=label, claim=claim, broken=",".join(broken), probes=len(where), moved=moved, largest=largest, sum_error=off,
-                early=ledger.early if ledger else None, uses=ledger.uses if ledger else None, gap=gap, gap_error=error,
-                below=gap < -4 * error, ok=compared == broken and not (gap < -4 * error and not claim))
+    compared = [
+        w for w in claim.split(",") if w and (ledger or w != "C3") and (sum_count or w != "C2")
+    ]  # what was checked
+    return dict(
+        evaluator=label,
+        claim=claim,
+        broken=",".join(broken),
+        probes=len(where),
+        moved=moved,
+        largest=largest,
+        sum_error=off,
+        early=ledger.early if ledger else None,
+        uses=ledger.uses if ledger else None,
+        gap=gap,
+        gap_error=error,
+        below=gap < -4 * error,
+        ok=compared == broken and not (gap < -4 * error and not claim),
+    )
 
 
 def table(reports):
@@ -186,10 +251,15 @@ def table(reports):
     head = f"{'evaluator':16} {'claim':10} {'found':10} {'C1 moved':>9} {'by nats':>9} {'C2 sum-1':>9} {'C3 early/used':>15} {'floor':>16}  verdict"
     lines = [head, "-" * len(head)]
     for r in reports:
-        early, off = "-" if r["early"] is None else f"{r['early']}/{r['uses']}", "-" if r["sum_error"] is None else f"{r['sum_error']:.1e}"
-        lines.append(f"{r['evaluator']:16} {r['claim'] or 'causal':10} {r['broken'] or 'causal':10} {r['moved']:4}/{r['probes']:<4} "
-                     f"{r['largest']:9.2e} {off:>9} {early:>15} {r['gap']:+8.4f}+-{r['gap_error']:.4f}  "
-                     f"{'as claimed' if r['ok'] else 'NOT AS CLAIMED'}")
+        early, off = (
+            "-" if r["early"] is None else f"{r['early']}/{r['uses']}",
+            "-" if r["sum_error"] is None else f"{r['sum_error']:.1e}",
+        )
+        lines.append(
+            f"{r['evaluator']:16} {r['claim'] or 'causal':10} {r['broken'] or 'causal':10} {r['moved']:4}/{r['probes']:<4} "
+            f"{r['largest']:9.2e} {off:>9} {early:>15} {r['gap']:+8.4f}+-{r['gap_error']:.4f}  "
+            f"{'as claimed' if r['ok'] else 'NOT AS CLAIMED'}"
+        )
     return lines
 
 
@@ -197,7 +267,10 @@ def load(artifact, env):
     """(Run, Config, model, tokens of the validation stream) of an artifact under these settings. Raises BadInput."""
     c, state = t.read_artifact(t.load_config({**env, "LOAD_ARTIFACT": str(artifact)}))
     run = t.Run(c)
-    val, model = t.ValData(c, run), t.GPT(c, run.dtype, t.choose_attention(c.attention, run.device)[1])
+    val, model = (
+        t.ValData(c, run),
+        t.GPT(c, run.dtype, t.choose_attention(c.attention, run.device)[1]),
+    )
     t.load_state(model, state, f"LOAD_ARTIFACT={artifact}")
     if run.world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if run.cuda else "gloo")
@@ -209,17 +282,30 @@ def settings_of(words, preset):
     wrong = [w for w in words if "=" not in w]
     if wrong:
         raise t.BadInput(f"{wrong[0]}: not a setting; write NAME=VALUE.")
-    return {**os.environ, **({"PRESET": preset} if preset else {}), **dict(w.split("=", 1) for w in words)}
+    return {
+        **os.environ,
+        **({"PRESET": preset} if preset else {}),
+        **dict(w.split("=", 1) for w in words),
+    }
 
 
 def main(argv=None):
     """Print the table; the exit status says whether all claims hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--artifact", required=True, help="final_model.ptz to evaluate")
     parser.add_argument("--preset", help="settings of a published system")
-    parser.add_argument("--targets", type=int, default=4096, help="targets of the stream (default 4096)")
+    parser.add_argument(
+        "--targets", type=int, default=4096, help="targets of the stream (default 4096)"
+    )
     parser.add_argument("--probes", type=int, default=24, help="flips per evaluator (default 24)")
-    parser.add_argument("--sums", type=int, default=1, help="places to sum probabilities at, a run per token each; 0: C2 unchecked (default 1)")
+    parser.add_argument(
+        "--sums",
+        type=int,
+        default=1,
+        help="places to sum probabilities at, a run per token each; 0: C2 unchecked (default 1)",
+    )
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE")
     args = parser.parse_args(argv)
     try:
@@ -227,12 +313,17 @@ def main(argv=None):
         run.log = lambda text: None  # no progress lines
         n = min(val.n, max(args.targets, 2 * c.eval_seq_len) // c.eval_seq_len * c.eval_seq_len)
         c = shrink(c, n)
-        reports = [audit(run, model, val.tokens[:n + 1], label, c, args.probes, args.sums) for label in c.evals]
+        reports = [
+            audit(run, model, val.tokens[: n + 1], label, c, args.probes, args.sums)
+            for label in c.evals
+        ]
     except (t.BadInput, t.Fault) as problem:
         print(f"error: {problem}", file=sys.stderr, flush=True)
         return 2
     if run.rank == 0:
-        print(f"{n} targets, {run.world} rank(s), chunks of {c.ttt_chunk_tokens}, SLOT_BATCH_SEQS {c.slot_batch_seqs}")
+        print(
+            f"{n} targets, {run.world} rank(s), chunks of {c.ttt_chunk_tokens}, SLOT_BATCH_SEQS {c.slot_batch_seqs}"
+        )
         print("\n".join(table(reports)), flush=True)
     return int(not all(r["ok"] for r in reports))
 

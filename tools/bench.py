@@ -9,6 +9,7 @@ The baselines are in tools/plain.py; a part counts only if its results are their
 seconds over the script's, so that a machine which is busy for a while does not tell. On a CPU the script is timed as it is
 and with COMPILE=1, the baseline as it is; on a GPU both are compiled. Settings are the script's own environment variables.
 """
+
 import argparse
 import contextlib
 import copy
@@ -36,17 +37,33 @@ from audit import Stream  # noqa: E402
 import train_gpt as t  # noqa: E402
 
 STEPS = 6  # of training in a turn: kept memory is worth something from the second on
-PEAK = {"NVIDIA H100 80GB HBM3": 989.5e12, "NVIDIA H200": 989.5e12}  # dense bf16 FLOP/s by their data sheets
-SLOT_MODES = {"one delta a batch, 3 steps": {}, "one delta, carried on (causal), 3 steps": {"slot_loss": "past"},
-              "a delta and bias a window, 24 steps": {"slot_delta": "window", "slot_bias": True, "slot_loss": "scored", "slot_steps": 24}}
+PEAK = {
+    "NVIDIA H100 80GB HBM3": 989.5e12,
+    "NVIDIA H200": 989.5e12,
+}  # dense bf16 FLOP/s by their data sheets
+SLOT_MODES = {
+    "one delta a batch, 3 steps": {},
+    "one delta, carried on (causal), 3 steps": {"slot_loss": "past"},
+    "a delta and bias a window, 24 steps": {
+        "slot_delta": "window",
+        "slot_bias": True,
+        "slot_loss": "scored",
+        "slot_steps": 24,
+    },
+}
 # CPU seconds of one thread that #1084's and #1313's own scripts took with settings.env of two folders, measured elsewhere
-LINEAGE = {"a": {"step": 1.15, "sliding_window": 8.1, "ttt_slot": 28.7}, "b1313": {"step": 1.18, "sliding_window": 8.8, "slot": 143.5}}
+LINEAGE = {
+    "a": {"step": 1.15, "sliding_window": 8.1, "ttt_slot": 28.7},
+    "b1313": {"step": 1.18, "sliding_window": 8.8, "slot": 143.5},
+}
 
 
 def flops_a_token(c):
     """Multiplications and additions of a training token, forward and backward: 6 a matrix weight, and causal attention."""
     D, kv = c.model_dim, c.model_dim // c.num_heads * c.num_kv_heads
-    weights = c.num_layers * (2 * D * D + 2 * D * kv + 2 * D * int(D * c.mlp_mult)) + D * c.vocab_size
+    weights = (
+        c.num_layers * (2 * D * D + 2 * D * kv + 2 * D * int(D * c.mlp_mult)) + D * c.vocab_size
+    )
     weights += c.bigram_dim * D * bool(c.bigram_vocab_size) + c.ve_dim * kv * c.ve_enabled
     return 6 * weights + 6 * c.num_layers * D * c.train_seq_len
 
@@ -65,7 +82,10 @@ class Bench:
 
     def model(self, compiled):
         """A GPT with weights that are not the initial ones, whose output matrices are zero."""
-        model, g = t.GPT(self.c, self.run.dtype, self.attention[1]), torch.Generator().manual_seed(1)
+        model, g = (
+            t.GPT(self.c, self.run.dtype, self.attention[1]),
+            torch.Generator().manual_seed(1),
+        )
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if p.dim() > 1:
@@ -80,19 +100,29 @@ class Bench:
         models = {"script": self.model(False)} if not self.run.cuda else {}
         if self.compiles:
             models["compiled"] = self.model(True)
-        return {"plain": plain.plain_model(self.c, next(iter(models.values())), self.run.device, self.run.cuda), **models}
+        return {
+            "plain": plain.plain_model(
+                self.c, next(iter(models.values())), self.run.device, self.run.cuda
+            ),
+            **models,
+        }
 
     def stream(self, targets):
         """The first validation tokens."""
-        tokens = t.open_split(self.c, "val")[0][:targets + 1].astype("int64")
+        tokens = t.open_split(self.c, "val")[0][: targets + 1].astype("int64")
         if len(tokens) <= targets:
-            raise t.BadInput(f"--targets {targets}: the first validation shard has {len(tokens) - 1}; give less.")
+            raise t.BadInput(
+                f"--targets {targets}: the first validation shard has {len(tokens) - 1}; give less."
+            )
         return Stream(torch.from_numpy(tokens).to(self.run.device))
 
     def largest_block(self, sequences):
         """Bytes of the largest tensor, of so many sequences, that glibc's own rule would learn to keep: under 32 MiB."""
         tokens, c = sequences * self.c.eval_seq_len, self.c
-        sizes = [4 * tokens * width for width in (c.model_dim, int(c.model_dim * c.mlp_mult), c.vocab_size)]
+        sizes = [
+            4 * tokens * width
+            for width in (c.model_dim, int(c.model_dim * c.mlp_mult), c.vocab_size)
+        ]
         return max((size for size in sizes if size < 2**25), default=2**25)
 
     def compare(self, work, block):
@@ -115,15 +145,32 @@ class Bench:
 def row(what, seconds, **more):
     """A table row: median seconds of each side, and ratios of the baseline's."""
     base = seconds["plain"]
-    return {"what": what, "seconds": {name: statistics.median(s) for name, s in seconds.items()},
-            "ratio": {name: statistics.median(a / b for a, b in zip(base, s)) for name, s in seconds.items() if name != "plain"}, **more}
+    return {
+        "what": what,
+        "seconds": {name: statistics.median(s) for name, s in seconds.items()},
+        "ratio": {
+            name: statistics.median(a / b for a, b in zip(base, s))
+            for name, s in seconds.items()
+            if name != "plain"
+        },
+        **more,
+    }
 
 
 def equal(what, found, limit):
     """Raises Fault unless all sides give the plain one's numbers."""
     for name, values in found.items():
-        gap = (torch.as_tensor(values).double() - torch.as_tensor(found["plain"]).double()).abs().max().item()
-        t.refuse(not gap <= limit, f"{what}: {name} differs from the plain version by {gap:.2e}, over {limit}; only equal work is compared.", t.Fault)
+        gap = (
+            (torch.as_tensor(values).double() - torch.as_tensor(found["plain"]).double())
+            .abs()
+            .max()
+            .item()
+        )
+        t.refuse(
+            not gap <= limit,
+            f"{what}: {name} differs from the plain version by {gap:.2e}, over {limit}; only equal work is compared.",
+            t.Fault,
+        )
 
 
 def bench_step(b):
@@ -138,12 +185,17 @@ def bench_step(b):
                 rows = b.data.load(i).to(run.device)
                 return trainer.step(rows[:, :-1].chunk(parts), rows[:, 1:].chunk(parts), i, 1.0)
         else:
-            optimizer, averages, feed = t.Optimizer(c, run, model), t.Averages(c, model.parameters()), b.data.batches()
+            optimizer, averages, feed = (
+                t.Optimizer(c, run, model),
+                t.Averages(c, model.parameters()),
+                b.data.batches(),
+            )
 
             def step(i, model=model, optimizer=optimizer, averages=averages, feed=feed):
                 loss, _ = t.train_step(c, run, model, optimizer, next(feed), i, 1.0)
                 averages.update(1.0)
                 return loss
+
         if run.cuda:
             torch.cuda.reset_peak_memory_stats()
         losses[name] = [float(step(i)) for i in range(3)]
@@ -151,21 +203,35 @@ def bench_step(b):
         count = iter(range(3, 10**6))
         work[name] = lambda step=step, count=count: [step(next(count)) for _ in range(STEPS)]
     equal("training loss", losses, 2e-2 if run.cuda else 1e-4)
-    seconds = {name: [s / STEPS for s in found] for name, found in b.compare(work, b.largest_block(c.train_batch_tokens // c.eval_seq_len)).items()}
+    seconds = {
+        name: [s / STEPS for s in found]
+        for name, found in b.compare(
+            work, b.largest_block(c.train_batch_tokens // c.eval_seq_len)
+        ).items()
+    }
     more = {"tokens": c.train_batch_tokens}
     if run.cuda:
         more["memory"] = memory
         peak = PEAK.get(torch.cuda.get_device_name())
         if peak:
-            more["mfu"] = {name: flops_a_token(c) * c.train_batch_tokens / statistics.median(s) / peak for name, s in seconds.items()}
+            more["mfu"] = {
+                name: flops_a_token(c) * c.train_batch_tokens / statistics.median(s) / peak
+                for name, s in seconds.items()
+            }
     else:
-        more["memory"] = {name: child_memory(name) for name in ("plain", "script")} if sys.platform == "linux" else {}
+        more["memory"] = (
+            {name: child_memory(name) for name in ("plain", "script")}
+            if sys.platform == "linux"
+            else {}
+        )
     return [row("step", seconds, **more)]
 
 
 def child_memory(name):
     """Bytes that the process grows by, at its largest, in three training steps; measured in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--memory", name], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--memory", name], capture_output=True, text=True, check=True
+    )
     return int(done.stdout.split()[-1])
 
 
@@ -197,17 +263,30 @@ def measure_memory(b, name):
 def bench_sliding(b):
     """Sliding windows, without adaptation: the baseline window by window, and in batches of 32 as the lineage."""
     val, sides, rows = b.stream(b.targets), b.sides(), []
-    for batch, what in ((1, "baseline window by window"), (32, "baseline in batches of 32 windows")):
+    for batch, what in (
+        (1, "baseline window by window"),
+        (32, "baseline in batches of 32 windows"),
+    ):
         nats = {}
 
         def evaluate(name, model, batch=batch, nats=nats):
             if name == "plain":
                 nats[name] = plain.PlainEvaluation(b.c, model, val.tokens, batch=batch).run()
             else:
-                nats[name] = t.score(b.runs[name], model, val, [("sliding_window", b.c)])[0][0].cpu()
-        work = {name: lambda name=name, model=model: evaluate(name, model) for name, model in sides.items()}
+                nats[name] = t.score(b.runs[name], model, val, [("sliding_window", b.c)])[0][
+                    0
+                ].cpu()
+
+        work = {
+            name: lambda name=name, model=model: evaluate(name, model)
+            for name, model in sides.items()
+        }
         seconds = b.compare(work, b.largest_block(batch))
-        equal("sliding val_loss", {name: x.double().mean() for name, x in nats.items()}, 1e-3 if b.run.cuda else 2e-6)
+        equal(
+            "sliding val_loss",
+            {name: x.double().mean() for name, x in nats.items()},
+            1e-3 if b.run.cuda else 2e-6,
+        )
         rows.append(row(f"stride {b.c.eval_stride}, {what}", seconds, tokens=val.n))
     return rows
 
@@ -224,6 +303,7 @@ def timed(run, owner, name, into):
         run.synchronize()
         into[0] += time.perf_counter() - began
         return result
+
     setattr(owner, name, wrapped)
     yield
     setattr(owner, name, function)
@@ -236,21 +316,38 @@ def bench_ttt(b):
 
     def evaluate(name, model):
         spent, began = [0.0], time.perf_counter()
-        with t.put_back(model.parameters()), timed(b.run, plain.PlainEvaluation if name == "plain" else t.ChunkTrainer, "train", spent):
+        with (
+            t.put_back(model.parameters()),
+            timed(
+                b.run, plain.PlainEvaluation if name == "plain" else t.ChunkTrainer, "train", spent
+            ),
+        ):
             if name == "plain":
-                nats[name] = plain.PlainEvaluation(c, model, val.tokens, "ttt_slot", c.slot_batch_seqs).run()
+                nats[name] = plain.PlainEvaluation(
+                    c, model, val.tokens, "ttt_slot", c.slot_batch_seqs
+                ).run()
             else:
                 nats[name] = t.score(b.runs[name], model, val, [("ttt_slot", c)])[0][0].cpu()
         b.run.synchronize()
         training.setdefault(name, []).append(spent[0])
         parts["score"].setdefault(name, []).append((time.perf_counter() - began - spent[0]) / 3)
         parts["train"].setdefault(name, []).append(spent[0] / 2)
+
     sides = b.sides()
-    work = {name: lambda name=name, model=model: evaluate(name, model) for name, model in sides.items()}
+    work = {
+        name: lambda name=name, model=model: evaluate(name, model) for name, model in sides.items()
+    }
     whole = b.compare(work, b.largest_block(c.ttt_batch_seqs))
-    equal("TTT + SLOT val_loss", {name: x.double().mean() for name, x in nats.items()}, 1e-2 if b.run.cuda else 1e-5)
+    equal(
+        "TTT + SLOT val_loss",
+        {name: x.double().mean() for name, x in nats.items()},
+        1e-2 if b.run.cuda else 1e-5,
+    )
     rows = [row("three chunks, two trained on", whole, tokens=val.n)]
-    return rows + [row(f"{what} a chunk of {c.ttt_chunk_tokens} targets", {n: s[1:] for n, s in found.items()}) for what, found in parts.items()]
+    return rows + [
+        row(f"{what} a chunk of {c.ttt_chunk_tokens} targets", {n: s[1:] for n, s in found.items()})
+        for what, found in parts.items()
+    ]
 
 
 def bench_slot(b):
@@ -262,17 +359,33 @@ def bench_slot(b):
         c, nats, work = dataclasses.replace(base, **changes), {}, {}
         for name, model in sides.items():
             for label in ("sliding_window", "slot"):
+
                 def evaluate(name=name, model=model, label=label, c=c):
                     if name == "plain":
-                        nats[name] = plain.PlainEvaluation(c, model, val.tokens, label, c.slot_batch_seqs).run()
+                        nats[name] = plain.PlainEvaluation(
+                            c, model, val.tokens, label, c.slot_batch_seqs
+                        ).run()
                     else:
                         nats[name] = t.score(b.runs[name], model, val, [(label, c)])[0][0].cpu()
+
                 work[name, label] = evaluate
         found = b.compare(work, b.largest_block(c.slot_batch_seqs))
-        equal(f"SLOT, {what}: val_loss", {name: x.double().mean() for name, x in nats.items()}, 1e-3 if b.run.cuda else 1e-5)
+        equal(
+            f"SLOT, {what}: val_loss",
+            {name: x.double().mean() for name, x in nats.items()},
+            1e-3 if b.run.cuda else 1e-5,
+        )
         pairs = {name: [*zip(found[name, "slot"], found[name, "sliding_window"])] for name in sides}
-        rows.append(row(what, {name: [x - y for x, y in pair] for name, pair in pairs.items()},
-                        share={name: statistics.median(x / y - 1 for x, y in pair) for name, pair in pairs.items()}))
+        rows.append(
+            row(
+                what,
+                {name: [x - y for x, y in pair] for name, pair in pairs.items()},
+                share={
+                    name: statistics.median(x / y - 1 for x, y in pair)
+                    for name, pair in pairs.items()
+                },
+            )
+        )
     return rows
 
 
@@ -293,9 +406,17 @@ def bench_export(b, changes=None):
             torch.set_num_threads(threads)
         else:
             there = {n: p.to(b.run.device) for n, p in state.items()}
-            steps = {n: torch.zeros(sum(w.shape), dtype=torch.int8, device=w.device) for n, w in t.split_banks(there, c.num_layers).items()
-                     if t.parameter_rule(n)[2] in t.LEVELS}
-            sizes[name] = len(t.Quantizer(c, there, steps).fit(c.artifact_bytes - Path(t.__file__).stat().st_size)[0])
+            steps = {
+                n: torch.zeros(sum(w.shape), dtype=torch.int8, device=w.device)
+                for n, w in t.split_banks(there, c.num_layers).items()
+                if t.parameter_rule(n)[2] in t.LEVELS
+            }
+            sizes[name] = len(
+                t.Quantizer(c, there, steps).fit(
+                    c.artifact_bytes - Path(t.__file__).stat().st_size
+                )[0]
+            )
+
     rounds, b.rounds = b.rounds, 1 if changes is None else b.rounds
     block = 4 * max(p[0].numel() for p in model.parameters() if p.dim() == 3)
     seconds = b.compare({name: lambda name=name: run(name) for name in ("plain", "script")}, block)
@@ -309,25 +430,50 @@ def bench_start(b, rounds=5):
 
     def process(*words, cwd=ROOT, **more):
         began = time.perf_counter()
-        done = subprocess.run([sys.executable, *words], env={**env, **more}, cwd=cwd, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *words], env={**env, **more}, cwd=cwd, capture_output=True, text=True
+        )
         t.refuse(done.returncode, f"{' '.join(words)}: {done.stderr[-500:]}", t.Fault)
         return time.perf_counter() - began
+
     script, rows = str(ROOT / "train_gpt.py"), []
-    for what, ours, base, other in (("import train_gpt", ("-c", "import train_gpt"), "import torch", ("-c", "import torch")),
-                                    ("train_gpt.py --help", (script, "--help"), "import torch", ("-c", "import torch"))):
+    for what, ours, base, other in (
+        ("import train_gpt", ("-c", "import train_gpt"), "import torch", ("-c", "import torch")),
+        ("train_gpt.py --help", (script, "--help"), "import torch", ("-c", "import torch")),
+    ):
         seconds = {"plain": [], "script": []}
         for i in range(rounds + 1):
             for name, words in (("plain", other), ("script", ours)):
                 (seconds[name].append if i else lambda s: None)(process(*words))
         rows.append(row(f"{what} (baseline: {base})", seconds))
     if b.compiles:
-        settings = {name: t.shown(getattr(b.c, name.lower())) for name in t.NAMES if name.lower() in b.c.explicit or name == "PRESET"}
-        settings |= {name: str(Path(getattr(b.c, name.lower())).resolve()) for name in ("DATA_PATH", "TOKENIZER_PATH")}
-        settings |= {"COMPILE": "1", "ITERATIONS": "3", "WARMUP_STEPS": "1", "EVALS": "roundtrip", "SAVE_EVERY": "0"}
+        settings = {
+            name: t.shown(getattr(b.c, name.lower()))
+            for name in t.NAMES
+            if name.lower() in b.c.explicit or name == "PRESET"
+        }
+        settings |= {
+            name: str(Path(getattr(b.c, name.lower())).resolve())
+            for name in ("DATA_PATH", "TOKENIZER_PATH")
+        }
+        settings |= {
+            "COMPILE": "1",
+            "ITERATIONS": "3",
+            "WARMUP_STEPS": "1",
+            "EVALS": "roundtrip",
+            "SAVE_EVERY": "0",
+        }
         with tempfile.TemporaryDirectory() as folder:
             settings["TORCHINDUCTOR_CACHE_DIR"] = folder + "/cache"
-            cold, warm = (process(script, cwd=folder, RUN_ID=name, **settings) for name in ("cold", "warm"))
-        rows.append(row("a run of 3 steps and 1 evaluation with COMPILE=1, warm cache (baseline: cold cache)", {"plain": [cold], "script": [warm]}))
+            cold, warm = (
+                process(script, cwd=folder, RUN_ID=name, **settings) for name in ("cold", "warm")
+            )
+        rows.append(
+            row(
+                "a run of 3 steps and 1 evaluation with COMPILE=1, warm cache (baseline: cold cache)",
+                {"plain": [cold], "script": [warm]},
+            )
+        )
     return rows
 
 
@@ -343,9 +489,16 @@ def bench_lineage(folder):
             work()
             found.append(time.process_time() - began)
         return statistics.median(found[1:] or found)
+
     for name, theirs in LINEAGE.items():
-        settings = dict(line.split("=", 1) for line in (folder / name / "settings.env").read_text().split())
-        settings |= {"DATA_PATH": str(folder / "a"), "TOKENIZER_PATH": str(folder.parent / "fineweb_1024_bpe.model"), "DEVICE": "cpu"}
+        settings = dict(
+            line.split("=", 1) for line in (folder / name / "settings.env").read_text().split()
+        )
+        settings |= {
+            "DATA_PATH": str(folder / "a"),
+            "TOKENIZER_PATH": str(folder.parent / "fineweb_1024_bpe.model"),
+            "DEVICE": "cpu",
+        }
         settings |= {"PRESET": "pr1313", "VRL_ENABLED": "1"} if name == "b1313" else {}
         known = {k: v for k, v in settings.items() if k in t.NAMES}
         c = t.load_config({**known, "LOAD_ARTIFACT": str(folder / name / "final_model.ptz")})
@@ -358,30 +511,51 @@ def bench_lineage(folder):
             if label == "step":
                 other = t.GPT(c)
                 optimizer, averages = t.Optimizer(c, run, other), t.Averages(c, other.parameters())
-                rows_of = val.tokens[:c.train_batch_tokens + 1].unfold(0, c.train_seq_len + 1, c.train_seq_len)
+                rows_of = val.tokens[: c.train_batch_tokens + 1].unfold(
+                    0, c.train_seq_len + 1, c.train_seq_len
+                )
 
                 def work():
-                    t.train_step(c, run, other, optimizer, (rows_of[:, :-1], rows_of[:, 1:]), 0, 1.0)
+                    t.train_step(
+                        c, run, other, optimizer, (rows_of[:, :-1], rows_of[:, 1:]), 0, 1.0
+                    )
                     averages.update(1.0)
+
                 ours = cpu_seconds(work, 8)
             else:
+
                 def work():
                     with t.put_back(model.parameters()):
                         t.score(run, model, val, [(label, c)])
+
                 ours = cpu_seconds(work, 1)
-            rows.append({"what": f"{name}: {label}", "seconds": {"lineage": seconds, "script": ours}, "ratio": {"script": seconds / ours}})
+            rows.append(
+                {
+                    "what": f"{name}: {label}",
+                    "seconds": {"lineage": seconds, "script": ours},
+                    "ratio": {"script": seconds / ours},
+                }
+            )
     return rows
 
 
-PARTS = {"step": (bench_step, "Training step"), "sliding": (bench_sliding, "Sliding evaluation"), "ttt": (bench_ttt, "Score-first TTT with SLOT"),
-         "slot": (bench_slot, "Time that SLOT adds to sliding"), "export": (bench_export, "Quantise and compress"), "start": (bench_start, "Start-up")}
+PARTS = {
+    "step": (bench_step, "Training step"),
+    "sliding": (bench_sliding, "Sliding evaluation"),
+    "ttt": (bench_ttt, "Score-first TTT with SLOT"),
+    "slot": (bench_slot, "Time that SLOT adds to sliding"),
+    "export": (bench_export, "Quantise and compress"),
+    "start": (bench_start, "Start-up"),
+}
 
 
 def cells(row):
     """Texts of a row's columns."""
     sides, more = row["seconds"], []
     for name in ("script", "compiled"):
-        more += [f"{sides[name]:.3g}", f"**{row['ratio'][name]:.2f}**"] if name in sides else ["", ""]
+        more += (
+            [f"{sides[name]:.3g}", f"**{row['ratio'][name]:.2f}**"] if name in sides else ["", ""]
+        )
     base = next(iter(sides.values()))
     rate = f"{row['tokens'] / min(sides.values()):,.0f}" if "tokens" in row else ""
     return [row["what"], f"{base:.3g}", *more, rate]
@@ -389,26 +563,46 @@ def cells(row):
 
 def render(files):
     """Text of BENCHMARKS.md."""
-    lines = ["# Benchmarks", "",
-             "Written by `python tools/bench.py --render` from `logs/bench_*.json`; a test regenerates it. Seconds are medians, ratios are medians "
-             "over rounds of the baseline's seconds over the script's, the two in turn in one process: over 1 is faster. The baselines, in "
-             "`tools/plain.py`, are plain PyTorch of the same arithmetic; a part counts only if its results are theirs."]
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `python tools/bench.py --render` from `logs/bench_*.json`; a test regenerates it. Seconds are medians, ratios are medians "
+        "over rounds of the baseline's seconds over the script's, the two in turn in one process: over 1 is faster. The baselines, in "
+        "`tools/plain.py`, are plain PyTorch of the same arithmetic; a part counts only if its results are theirs.",
+    ]
     for path in files:
         found = json.loads(path.read_text())
-        lines += ["", f"## {found['device']}", "",
-                  f"`{found['command']}`, torch {found['torch']}, Python {found['python']}, attention {found['attention']}, "
-                  f"{found['rounds']} rounds, `logs/{path.name}`. Configuration: {found['configuration']}."]
+        lines += [
+            "",
+            f"## {found['device']}",
+            "",
+            f"`{found['command']}`, torch {found['torch']}, Python {found['python']}, attention {found['attention']}, "
+            f"{found['rounds']} rounds, `logs/{path.name}`. Configuration: {found['configuration']}.",
+        ]
         for title, rows in found["parts"].items():
             base = "lineage's" if any("lineage" in row["seconds"] for row in rows) else "baseline's"
-            lines += ["", f"### {title}", "", f"| | {base} seconds | script's | ratio | with COMPILE=1 | ratio | tokens/s |"]
+            lines += [
+                "",
+                f"### {title}",
+                "",
+                f"| | {base} seconds | script's | ratio | with COMPILE=1 | ratio | tokens/s |",
+            ]
             lines.append("|---|---:|---:|---:|---:|---:|---:|")
             lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
             for row in rows:
                 lines += notes(row)
             if base == "lineage's":
-                lines += ["", "The lineage's seconds were measured elsewhere with the same settings: no comparison in turn."]
+                lines += [
+                    "",
+                    "The lineage's seconds were measured elsewhere with the same settings: no comparison in turn.",
+                ]
     if not any(json.loads(path.read_text())["cuda"] for path in files):
-        lines += ["", "## GPU", "", "Not measured: no GPU was at hand. Step time, MFU, peak GPU memory, evaluation and TTT on a GPU: not measured."]
+        lines += [
+            "",
+            "## GPU",
+            "",
+            "Not measured: no GPU was at hand. Step time, MFU, peak GPU memory, evaluation and TTT on a GPU: not measured.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -416,13 +610,29 @@ def notes(row):
     """Lines under a table."""
     found = []
     if "mfu" in row:
-        found.append("MFU, of the data sheet's dense bf16 peak: " + ", ".join(f"{name} {x:.1%}" for name, x in row["mfu"].items()) + ".")
+        found.append(
+            "MFU, of the data sheet's dense bf16 peak: "
+            + ", ".join(f"{name} {x:.1%}" for name, x in row["mfu"].items())
+            + "."
+        )
     if "memory" in row:
-        found.append("Peak memory: " + ", ".join(f"{name} {x / 2**20:,.0f} MiB" for name, x in row["memory"].items()) + ".")
+        found.append(
+            "Peak memory: "
+            + ", ".join(f"{name} {x / 2**20:,.0f} MiB" for name, x in row["memory"].items())
+            + "."
+        )
     if "share" in row:
-        found.append(f"{row['what']}: adds to the seconds of sliding " + ", ".join(f"{name} {x:.0%}" for name, x in row["share"].items()) + ".")
+        found.append(
+            f"{row['what']}: adds to the seconds of sliding "
+            + ", ".join(f"{name} {x:.0%}" for name, x in row["share"].items())
+            + "."
+        )
     if "bytes" in row:
-        found.append("Artifact: " + ", ".join(f"{name} {x:,} bytes" for name, x in row["bytes"].items()) + ".")
+        found.append(
+            "Artifact: "
+            + ", ".join(f"{name} {x:,} bytes" for name, x in row["bytes"].items())
+            + "."
+        )
     return ["", " ".join(found)] if found else []
 
 
@@ -433,12 +643,17 @@ def device_name(run):
         return f"One {name}", re.sub(r"\W+", "_", name.removeprefix("NVIDIA ").lower())
     with contextlib.suppress(OSError):
         model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        return f"CPU, {torch.get_num_threads()} threads of {model[1] if model else platform.machine()}", "cpu"
+        return (
+            f"CPU, {torch.get_num_threads()} threads of {model[1] if model else platform.machine()}",
+            "cpu",
+        )
     return f"CPU, {torch.get_num_threads()} threads", "cpu"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--rounds", type=int, default=7, help="of which medians are taken (7)")
     parser.add_argument("--targets", type=int, default=16384, help="of sliding evaluation (16384)")
@@ -457,15 +672,37 @@ def main():
             return
         title, short = device_name(b.run)
         given = sorted(b.c.explicit - {"preset", "data_path", "tokenizer_path"})
-        found = {"device": title, "cuda": b.run.cuda, "torch": torch.__version__, "python": platform.python_version(), "rounds": b.rounds,
-                 "attention": t.attention_kernel(b.attention[0], b.c, b.run),
-                 "configuration": " ".join([f"PRESET={t.shown(b.c.preset)}", *(f"{n.upper()}={t.shown(getattr(b.c, n))}" for n in given)]),
-                 "command": " ".join(["python tools/bench.py", *("DIR" if a.startswith(("/", "..")) else a for a in sys.argv[1:])]),
-                 "sha256_of_script": hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest(), "parts": {}}
+        found = {
+            "device": title,
+            "cuda": b.run.cuda,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "rounds": b.rounds,
+            "attention": t.attention_kernel(b.attention[0], b.c, b.run),
+            "configuration": " ".join(
+                [
+                    f"PRESET={t.shown(b.c.preset)}",
+                    *(f"{n.upper()}={t.shown(getattr(b.c, n))}" for n in given),
+                ]
+            ),
+            "command": " ".join(
+                [
+                    "python tools/bench.py",
+                    *("DIR" if a.startswith(("/", "..")) else a for a in sys.argv[1:]),
+                ]
+            ),
+            "sha256_of_script": hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest(),
+            "parts": {},
+        }
         path = options.out or ROOT / "logs" / f"bench_{short}.json"
         jobs = [(PARTS[name][1], lambda name=name: PARTS[name][0](b)) for name in options.parts]
         if options.lineage:
-            jobs.append(("Against the lineage's own scripts, CPU seconds of one thread", lambda: bench_lineage(options.lineage)))
+            jobs.append(
+                (
+                    "Against the lineage's own scripts, CPU seconds of one thread",
+                    lambda: bench_lineage(options.lineage),
+                )
+            )
         for title, job in jobs:
             found["parts"][title] = job()
             for one in found["parts"][title]:

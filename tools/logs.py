@@ -3,6 +3,7 @@
 A log may be whole or cut off, open with the source of its script, be full of torchrun's noise, have several results and say the wrong name for one.
 Two hundred megabytes take seconds and little memory: only lines that begin as one of ours are looked at.
 """
+
 import dataclasses
 import re
 from pathlib import Path
@@ -11,15 +12,26 @@ import numpy as np
 
 BLOCK = 1 << 22  # bytes looked at in one go
 SEPARATOR = b"\n" + b"=" * 100 + b"\n"  # after the source that a log opens with
-STAGES = ("roundtrip", "sliding_window", "ttt", "ttt_slot", "ttt_ctw", "slot", "ctw")  # in the order of a table; the last one there is the score
+STAGES = (
+    "roundtrip",
+    "sliding_window",
+    "ttt",
+    "ttt_slot",
+    "ttt_ctw",
+    "slot",
+    "ctw",
+)  # in the order of a table; the last one there is the score
 SECONDS = 1 / 1000
 PREFIX = rb"\n(?:\[\w+\]: ?|\x1b\[[0-9;]*m)*"  # torchrun --tee, colours
 TRAIN = re.compile(PREFIX + rb"step:(\d+)/\d+ train_loss:(-?[\d.]+|-?inf|nan) train_time:(\d+)ms")
 CHUNK = re.compile(PREFIX + rb" *ttt_chunk \[(\d+)/(\d+)\] bpb=([\d.]+|inf|nan) time=")
-OTHER = re.compile(PREFIX + rb"((?:step:\d+/\d+ val_loss|final_|legal_ttt|DIAGNOSTIC|post-prequant|prequant_ttt|ttt_sliding:start|Code size|Total submission|Serialized"
-                   rb"|stopping_early|stopped by|resuming from|seed:|model_params|world_size|train_batch_tokens|iterations|train_shards|settings:|python:|error:"
-                   rb"|log:|pass_|Running PyTorch|\| +\d+ +NVIDIA|eval_total|training steps|quantised|artifact|train_loader|val_loader|val_bpb:|XSA|xsa|attention_mode|tie_embeddings|mtp_"
-                   rb"|num_heads|average|late_qat|swa:|ema:|peak|logs/)[^\n]{0,4000})")
+OTHER = re.compile(
+    PREFIX
+    + rb"((?:step:\d+/\d+ val_loss|final_|legal_ttt|DIAGNOSTIC|post-prequant|prequant_ttt|ttt_sliding:start|Code size|Total submission|Serialized"
+    rb"|stopping_early|stopped by|resuming from|seed:|model_params|world_size|train_batch_tokens|iterations|train_shards|settings:|python:|error:"
+    rb"|log:|pass_|Running PyTorch|\| +\d+ +NVIDIA|eval_total|training steps|quantised|artifact|train_loader|val_loader|val_bpb:|XSA|xsa|attention_mode|tie_embeddings|mtp_"
+    rb"|num_heads|average|late_qat|swa:|ema:|peak|logs/)[^\n]{0,4000})"
+)
 
 
 WHOLE = re.compile(rb"(val_bpb:\d+\.\d{8}|\d+ms|\d bytes)\r?$")
@@ -32,6 +44,7 @@ class LogError(Exception):
 @dataclasses.dataclass
 class Result:
     """A score: the stage it is of, the label it has in the log, nats a token, bits a byte, seconds, whether causal (None: the log does not say)."""
+
     stage: str
     label: str
     val_loss: float
@@ -47,6 +60,7 @@ class Result:
 @dataclasses.dataclass
 class Log:
     """What a log says; None or empty where it says nothing."""
+
     path: Path
     style: str = "lineage"  # or "this script", "baseline"
     settings: dict = dataclasses.field(default_factory=dict)
@@ -69,7 +83,9 @@ class Log:
     total_bytes: int | None = None
     train: np.ndarray | None = None  # [n,3]: step, loss, ms
     validation: list = dataclasses.field(default_factory=list)  # (step, val_loss, val_bpb, ms)
-    running: np.ndarray | None = None  # [n,2]: share of the validation stream scored, bits a byte so far
+    running: np.ndarray | None = (
+        None  # [n,2]: share of the validation stream scored, bits a byte so far
+    )
     mislabelled: list = dataclasses.field(default_factory=list)  # sentences
     lines: list = dataclasses.field(default_factory=list)  # labels of result lines, for uniqueness
     finished: bool = False
@@ -87,26 +103,44 @@ class Log:
     @property
     def score(self):
         """The Result that the run is about: its last stage."""
-        return next((self.results[s] for s in reversed(STAGES) if s in self.results and s not in ("slot", "ctw")), None) \
-            if any(s.startswith("ttt") for s in self.results) else next((self.results[s] for s in reversed(STAGES) if s in self.results), None)
+        return (
+            next(
+                (
+                    self.results[s]
+                    for s in reversed(STAGES)
+                    if s in self.results and s not in ("slot", "ctw")
+                ),
+                None,
+            )
+            if any(s.startswith("ttt") for s in self.results)
+            else next((self.results[s] for s in reversed(STAGES) if s in self.results), None)
+        )
 
 
 def columns(rows, count):
     """findall's tuples of bytes as a float array [n, count]."""
-    return np.array([np.array(column, "S24").astype(float) for column in zip(*rows)]).T if rows else np.zeros((0, count))
+    return (
+        np.array([np.array(column, "S24").astype(float) for column in zip(*rows)]).T
+        if rows
+        else np.zeros((0, count))
+    )
 
 
 def read_log(path):
     """The Log of a file, or of a folder logs/RUN_ID. Raises LogError."""
     path = Path(path).resolve() if str(path) in (".", "..") else Path(path)
-    path = path.with_name(path.name + ".txt") if path.is_dir() and not path.name.endswith(".txt") else path
+    path = (
+        path.with_name(path.name + ".txt")
+        if path.is_dir() and not path.name.endswith(".txt")
+        else path
+    )
     log, train, chunks, rest = Log(path), [], [], []
     try:
         with open(path, "rb") as file:
             head = file.read(1 << 21)
             if not head:
                 raise LogError(f"{path}: is empty")
-            if b"\0" in head[:1 << 16]:
+            if b"\0" in head[: 1 << 16]:
                 raise LogError(f"{path}: is binary, no log")
             file.seek(max(0, head.find(SEPARATOR) + len(SEPARATOR) - 1) if SEPARATOR in head else 0)
             left = b"" if SEPARATOR in head else b"\n"
@@ -118,9 +152,11 @@ def read_log(path):
                 chunks.append(columns(CHUNK.findall(block), 3))
                 rest += OTHER.findall(block)
                 if (at := block.rfind(b"\nprogress:")) >= 0:  # of many only the last is of use
-                    log.progress = block[at + 1:].split(b"\n", 1)[0].decode(errors="replace")
+                    log.progress = block[at + 1 :].split(b"\n", 1)[0].decode(errors="replace")
                 left = left if len(left) < BLOCK else b""  # a line of megabytes is no line of ours
-            if WHOLE.search(left):  # the last line, without an end: only if it cannot have been cut off
+            if WHOLE.search(
+                left
+            ):  # the last line, without an end: only if it cannot have been cut off
                 rest += OTHER.findall(left)
             elif OTHER.search(left) or TRAIN.search(left):
                 log.broken += 1
@@ -130,7 +166,9 @@ def read_log(path):
         raise LogError(f"{path}: has a number that is none: {str(why)[:80]}") from None
     log.train, chunks = np.concatenate(train), np.concatenate(chunks)
     log.last_step = int(log.train[-1, 0]) if len(log.train) else 0
-    _, last = np.unique(log.train[::-1, 0], return_index=True)  # a run that was resumed repeats steps; the last time counts
+    _, last = np.unique(
+        log.train[::-1, 0], return_index=True
+    )  # a run that was resumed repeats steps; the last time counts
     log.train = log.train[len(log.train) - 1 - last]
     log.running = np.stack([chunks[:, 0] / np.maximum(chunks[:, 1], 1), chunks[:, 2]], 1)
     method = "ttt"
@@ -166,7 +204,14 @@ def take(log, line, method):
         step, total = map(int, label[5:].split("/"))
         log.iterations = total
         log.begun += step == 0 and not log.resumed and log.style != "this script"
-        log.validation.append((step, float(found["val_loss"]), float(found["val_bpb"]), milliseconds(found.get("train_time", "0ms"))))
+        log.validation.append(
+            (
+                step,
+                float(found["val_loss"]),
+                float(found["val_bpb"]),
+                milliseconds(found.get("train_time", "0ms")),
+            )
+        )
     elif label.startswith(("final_", "legal_ttt")) and "val_bpb" in found:
         take_result(log, label, found, method)
     elif label in ("DIAGNOSTIC", "post-prequant-ttt") and "val_bpb" in found:
@@ -174,33 +219,59 @@ def take(log, line, method):
     elif label.startswith("prequant_ttt"):
         log.prequant_ttt = True
         spent = re.search(r"(?:elapsed=|seconds:|time:)([\d.]+)", line)
-        log.prequant_seconds = max(log.prequant_seconds, float(spent[1])) if spent else log.prequant_seconds
+        log.prequant_seconds = (
+            max(log.prequant_seconds, float(spent[1])) if spent else log.prequant_seconds
+        )
     elif label.startswith("ttt_sliding"):
-        method = "ttt_slot" if "slot_steps" in found else "ttt_ctw" if float(found.get("ctw_weight", 0)) else "ttt"
+        method = (
+            "ttt_slot"
+            if "slot_steps" in found
+            else "ttt_ctw"
+            if float(found.get("ctw_weight", 0))
+            else "ttt"
+        )
         if line.startswith("ttt_sliding:start"):
             log.started.add(method)
             log.settings |= found
     elif line.startswith(("Code size:", "Total submission size")):
-        number = int(re.search(r": (\d+) bytes", line)[1]) if re.search(r": (\d+) bytes", line) else None
+        number = (
+            int(re.search(r": (\d+) bytes", line)[1]) if re.search(r": (\d+) bytes", line) else None
+        )
         if line.startswith("Code"):
             log.code_bytes = number
         else:
             log.total_bytes = number
     elif label == "settings":
-        log.settings, log.style = dict(word.split("=", 1) for word in line.split()[1:] if "=" in word), "this script"
+        log.settings, log.style = (
+            dict(word.split("=", 1) for word in line.split()[1:] if "=" in word),
+            "this script",
+        )
         log.begun += 1
-        log.seed, log.batch_tokens = int(log.settings.get("SEED", -1)), int(log.settings.get("TRAIN_BATCH_TOKENS", 0)) or None
+        log.seed, log.batch_tokens = (
+            int(log.settings.get("SEED", -1)),
+            int(log.settings.get("TRAIN_BATCH_TOKENS", 0)) or None,
+        )
         log.prequant_ttt |= log.settings.get("PREQUANT_TTT_ENABLED") == "1"
     elif label == "python" or line.startswith("python:"):
-        log.style, log.errors, log.stopped = "this script", [], False  # it goes on after what stopped it
+        log.style, log.errors, log.stopped = (
+            "this script",
+            [],
+            False,
+        )  # it goes on after what stopped it
         log.torch, log.world_size = found.get("torch"), int(found.get("world_size", 1))
         log.hardware = line.split("device:", 1)[-1].split(" dtype:")[0]
     elif label == "eval_total":
         log.eval_seconds, log.finished = milliseconds(found["eval_time"]) * SECONDS, True
     elif label == "training":
-        log.steps, log.train_seconds = int(found["steps"]), milliseconds(found["train_time"]) * SECONDS
+        log.steps, log.train_seconds = (
+            int(found["steps"]),
+            milliseconds(found["train_time"]) * SECONDS,
+        )
     elif line.startswith("stopping_early"):
-        log.train_seconds, log.steps = milliseconds(found["train_time"]) * SECONDS, int(found["step"].split("/")[0])
+        log.train_seconds, log.steps = (
+            milliseconds(found["train_time"]) * SECONDS,
+            int(found["step"].split("/")[0]),
+        )
     elif line.startswith("stopped by"):
         log.stopped = True
     elif line.startswith("Running PyTorch"):
@@ -227,13 +298,35 @@ def header(log, line, found):
             log.world_size = int(value)
         elif name == "train_batch_tokens":
             log.batch_tokens = int(value)
-    if not line.startswith(("late_qat", "swa", "ema", "peak", "average", "logs/", "Serialized", "quantised", "artifact", "stopped", "train_shards:", "seed:")):
+    if not line.startswith(
+        (
+            "late_qat",
+            "swa",
+            "ema",
+            "peak",
+            "average",
+            "logs/",
+            "Serialized",
+            "quantised",
+            "artifact",
+            "stopped",
+            "train_shards:",
+            "seed:",
+        )
+    ):
         log.settings |= {name: value for name, value in found.items() if name != "seed"}
 
 
 def take_result(log, label, found, method):
     """A result line: the short one has the time, the "_exact" one the digits."""
-    exact, name = label.endswith("_exact"), label.removesuffix("_exact").removeprefix("final_").removeprefix("artifact_").removeprefix("int6_").removeprefix("int8_zlib_")
+    exact, name = (
+        label.endswith("_exact"),
+        label.removesuffix("_exact")
+        .removeprefix("final_")
+        .removeprefix("artifact_")
+        .removeprefix("int6_")
+        .removeprefix("int8_zlib_"),
+    )
     loss, bpb = float(found["val_loss"]), float(found["val_bpb"])
     seconds = milliseconds(found["eval_time"]) * SECONDS if "eval_time" in found else None
     causal = {"yes": True, "no": False}.get(found.get("causal"))
@@ -243,19 +336,39 @@ def take_result(log, label, found, method):
     if label.startswith("legal_ttt"):
         name = method
     if name.startswith("float_"):
-        log.averaged = Result("averaged", label, loss, bpb, seconds, causal, found.get("breaks", ""))
+        log.averaged = Result(
+            "averaged", label, loss, bpb, seconds, causal, found.get("breaks", "")
+        )
         return
     log.lines.append(label)
     if exact and label.startswith(("final_int8_zlib", "final_int6_roundtrip")):
-        twin = next((r for r in [*log.results.values(), *log.extra] if abs(r.val_loss - loss) < 5e-9 and r.stage != "roundtrip"), None)
+        twin = next(
+            (
+                r
+                for r in [*log.results.values(), *log.extra]
+                if abs(r.val_loss - loss) < 5e-9 and r.stage != "roundtrip"
+            ),
+            None,
+        )
         if twin:
-            log.mislabelled.append(f"{label} {bpb:.8f} is the score of {twin.stage}{f' with stride {twin.stride}' if twin.stride else ''}, not of a roundtrip")
+            log.mislabelled.append(
+                f"{label} {bpb:.8f} is the score of {twin.stage}{f' with stride {twin.stride}' if twin.stride else ''}, not of a roundtrip"
+            )
             return
     if label.startswith("final_int8_zlib") and "roundtrip" not in log.results:
         log.style = "baseline"
     if name == "slot" and "steps" in found and log.style == "lineage":
         log.settings |= {"slot_steps": found["steps"], "slot_lr": found.get("lr")}
-    result = Result(name, label.removesuffix("_exact"), loss, bpb, seconds, causal, found.get("breaks", ""), *(int(found[key]) if key in found else None for key in ("tokens", "bytes", "stride")))
+    result = Result(
+        name,
+        label.removesuffix("_exact"),
+        loss,
+        bpb,
+        seconds,
+        causal,
+        found.get("breaks", ""),
+        *(int(found[key]) if key in found else None for key in ("tokens", "bytes", "stride")),
+    )
     if second:
         old = next((r for r in log.extra if r.stage == name), None)
         log.extra = [r for r in log.extra if r is not old] + [merge(old, result)]
@@ -267,7 +380,11 @@ def merge(old, new):
     """Two lines of one score: the digits of the later, the time of whichever has it."""
     if old is None or abs(old.val_loss - new.val_loss) > 1e-4:
         return new
-    return dataclasses.replace(new, seconds=new.seconds if new.seconds is not None else old.seconds, stride=new.stride or old.stride)
+    return dataclasses.replace(
+        new,
+        seconds=new.seconds if new.seconds is not None else old.seconds,
+        stride=new.stride or old.stride,
+    )
 
 
 def finish(log):
@@ -278,7 +395,10 @@ def finish(log):
         log.steps = step if log.steps is None else log.steps
         log.train_seconds = ms * SECONDS if log.train_seconds is None else log.train_seconds
     elif len(log.train):
-        log.steps, log.train_seconds = log.steps or int(log.train[-1, 0]), log.train_seconds or log.train[-1, 2] * SECONDS
+        log.steps, log.train_seconds = (
+            log.steps or int(log.train[-1, 0]),
+            log.train_seconds or log.train[-1, 2] * SECONDS,
+        )
     if log.steps and log.train_seconds:
         log.step_avg = 1000 * log.train_seconds / log.steps
         if log.validation and log.validation[-1][0] == log.steps:
@@ -287,7 +407,11 @@ def finish(log):
         times = [r.seconds for r in [*log.results.values(), *log.extra] if r.seconds is not None]
         log.finished = bool(log.results) and log.started <= set(log.results)
         log.eval_seconds = sum(times) + log.prequant_seconds if times and log.finished else None
-        found = [r for r in [*log.results.values(), *log.extra, log.averaged] if r and r.causal is None and log.style == "lineage"]
+        found = [
+            r
+            for r in [*log.results.values(), *log.extra, log.averaged]
+            if r and r.causal is None and log.style == "lineage"
+        ]
         for result in found:  # what #1084's and #1313's SLOT do is known
             leak = result.stage.endswith("slot")
             result.causal = not (leak or log.prequant_ttt)

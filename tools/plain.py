@@ -5,6 +5,7 @@ together one by one and scored in batches with the logits of all their rows, SLO
 each parameter. Parameter names are those of an artifact: PlainGPT(c).load_state_dict(split_banks(model.state_dict(), c.num_layers)).
 Recurrence, gates and VALUE_RESIDUAL are left out. Shapes as in train_gpt.py.
 """
+
 import io
 import lzma
 import math
@@ -32,7 +33,11 @@ class Table(nn.Module):
 
     def __init__(self, num, dim, out):
         super().__init__()
-        self.embed, self.proj, self.scale = nn.Embedding(num, dim), Linear(dim, out) if dim != out else nn.Identity(), nn.Parameter(torch.ones(()))
+        self.embed, self.proj, self.scale = (
+            nn.Embedding(num, dim),
+            Linear(dim, out) if dim != out else nn.Identity(),
+            nn.Parameter(torch.ones(())),
+        )
 
     def forward(self, ids, dtype):
         return self.proj(self.embed(ids).to(dtype)) * self.scale.to(dtype)
@@ -40,7 +45,7 @@ class Table(nn.Module):
 
 def rotary(x, cos, sin):
     """RoPE of the first dimensions of x [B,heads,T,d]."""
-    x, rest = x[..., :2 * cos.size(-1)], x[..., 2 * cos.size(-1):]
+    x, rest = x[..., : 2 * cos.size(-1)], x[..., 2 * cos.size(-1) :]
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
 
@@ -52,14 +57,21 @@ class Attention(nn.Module):
         super().__init__()
         D, self.heads, self.kv_heads = c.model_dim, c.num_heads, c.num_kv_heads
         kv = D // c.num_heads * c.num_kv_heads
-        self.c_q, self.c_k, self.c_v, self.proj = Linear(D, D), Linear(D, kv), Linear(D, kv), Linear(D, D)
+        self.c_q, self.c_k, self.c_v, self.proj = (
+            Linear(D, D),
+            Linear(D, kv),
+            Linear(D, kv),
+            Linear(D, D),
+        )
         self.q_gain = nn.Parameter(torch.ones(c.num_heads))
         self.vrl_gate = nn.Parameter(torch.zeros(())) if c.vrl_enabled and index else None
         self.exclusive = index >= c.num_layers - c.xsa_last_n
 
     def forward(self, x, extra, v_first, cos, sin):
         B, T, D = x.shape
-        q, k = (y.view(B, T, -1, D // self.heads).transpose(1, 2) for y in (self.c_q(x), self.c_k(x)))
+        q, k = (
+            y.view(B, T, -1, D // self.heads).transpose(1, 2) for y in (self.c_q(x), self.c_k(x))
+        )
         raw = v = self.c_v(x) if extra is None else self.c_v(x) + extra
         if self.vrl_gate is not None:
             gate = self.vrl_gate.sigmoid().to(x.dtype)
@@ -67,7 +79,9 @@ class Attention(nn.Module):
         v = v.view(B, T, self.kv_heads, -1).transpose(1, 2)
         q = rotary(F.rms_norm(q, (q.size(-1),)), cos, sin) * self.q_gain.to(x.dtype)[:, None, None]
         k = rotary(F.rms_norm(k, (k.size(-1),)), cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads
+        )
         if self.exclusive:
             unit = F.normalize(v, dim=-1).repeat_interleave(self.heads // self.kv_heads, 1)
             y = y - (y * unit).sum(-1, keepdim=True) * unit
@@ -80,8 +94,13 @@ class Block(nn.Module):
     def __init__(self, c, index):
         super().__init__()
         D, wide = c.model_dim, int(c.model_dim * c.mlp_mult)
-        self.attn, self.mlp = Attention(c, index), nn.ModuleDict({"fc": Linear(D, wide), "proj": Linear(wide, D)})
-        self.attn_scale, self.mlp_scale, self.resid_mix = (nn.Parameter(torch.ones(*shape)) for shape in ((D,), (D,), (2, D)))
+        self.attn, self.mlp = (
+            Attention(c, index),
+            nn.ModuleDict({"fc": Linear(D, wide), "proj": Linear(wide, D)}),
+        )
+        self.attn_scale, self.mlp_scale, self.resid_mix = (
+            nn.Parameter(torch.ones(*shape)) for shape in ((D,), (D,), (2, D))
+        )
         self.norm_scale = 1 / math.sqrt(index + 1) if c.ln_scale else 1.0
 
     def forward(self, x, x0, extra, v_first, cos, sin):
@@ -99,23 +118,34 @@ class PlainGPT(nn.Module):
     def __init__(self, c, dtype=torch.float32):
         super().__init__()
         D, kv = c.model_dim, c.model_dim // c.num_heads * c.num_kv_heads
-        self.c, self.dtype, self.tok_emb, self.smear = c, dtype, nn.Embedding(c.vocab_size, D), nn.Module()
+        self.c, self.dtype, self.tok_emb, self.smear = (
+            c,
+            dtype,
+            nn.Embedding(c.vocab_size, D),
+            nn.Module(),
+        )
         self.smear.gate = nn.Parameter(torch.zeros(D))
         self.bigram = Table(c.bigram_vocab_size, c.bigram_dim, D) if c.bigram_vocab_size else None
         self.ve_shared = Table(c.vocab_size, c.ve_dim, kv) if c.ve_enabled else None
-        self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in c.ve_layers if c.ve_enabled)
+        self.ve_layer_scales = nn.ParameterList(
+            nn.Parameter(torch.ones(1)) for _ in c.ve_layers if c.ve_enabled
+        )
         self.skip_weights = nn.Parameter(torch.ones(c.num_layers // 2, D))
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
         self.lm_head = None if c.tie_embeddings else Linear(D, c.vocab_size)
         for name in ("cos", "sin"):
-            self.register_buffer(name, getattr(t.GPT(c, dtype), name).transpose(0, 1), persistent=False)  # [1,T,rot/2]
+            self.register_buffer(
+                name, getattr(t.GPT(c, dtype), name).transpose(0, 1), persistent=False
+            )  # [1,T,rot/2]
 
     def hidden(self, ids):
         """[B,T] ids -> final normalised hidden states [B,T,D]."""
         c, T, x = self.c, ids.size(1), self.tok_emb(ids).to(self.dtype)
         if self.bigram is not None:
             pairs = torch.full_like(ids, c.bigram_vocab_size - 1)
-            pairs[:, 1:] = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % (c.bigram_vocab_size - 1)
+            pairs[:, 1:] = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % (
+                c.bigram_vocab_size - 1
+            )
             x = x + self.bigram(pairs, self.dtype)
         x, gate = F.rms_norm(x, (x.size(-1),)), self.smear.gate.sigmoid().to(self.dtype)
         x = x0 = (1 - gate) * x + gate * torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1)
@@ -124,7 +154,11 @@ class PlainGPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if i >= half and skips:
                 x = x + self.skip_weights[i - half].to(self.dtype) * skips.pop()
-            scaled = extra * self.ve_layer_scales[c.ve_layers.index(i)].to(self.dtype) if c.ve_enabled and i in c.ve_layers else None
+            scaled = (
+                extra * self.ve_layer_scales[c.ve_layers.index(i)].to(self.dtype)
+                if c.ve_enabled and i in c.ve_layers
+                else None
+            )
             x, v = block(x, x0, scaled, first, self.cos[:, :T], self.sin[:, :T])
             first = v if first is None else first
             if i < half:
@@ -142,7 +176,9 @@ class PlainGPT(nn.Module):
         return self.cap(F.linear(self.hidden(ids), self.head_weight().to(self.dtype)).float())
 
     def forward(self, ids, targets, reduction="mean"):
-        return F.cross_entropy(self.logits(ids).flatten(0, 1), targets.flatten(), reduction=reduction)
+        return F.cross_entropy(
+            self.logits(ids).flatten(0, 1), targets.flatten(), reduction=reduction
+        )
 
 
 def plain_model(c, model, device, compile=False):
@@ -160,12 +196,24 @@ class PlainTrainer:
 
     def __init__(self, c, model):
         self.c, self.model, self.steps = c, model, 0
-        groups, rates = {}, {"embed": c.tied_embed_lr if c.tie_embeddings else c.embed_lr, "head": c.head_lr, "scalar": c.scalar_lr}
+        groups, rates = (
+            {},
+            {
+                "embed": c.tied_embed_lr if c.tie_embeddings else c.embed_lr,
+                "head": c.head_lr,
+                "scalar": c.scalar_lr,
+            },
+        )
         for name, p in model.named_parameters():
             groups.setdefault(t.parameter_rule(name)[1], []).append(p)
         self.matrices = groups.pop("muon")
-        self.adam = torch.optim.AdamW([dict(params=params, rate=rates[kind]) for kind, params in groups.items()], lr=1.0,
-                                      betas=(c.beta1, c.beta2), eps=c.adam_eps, weight_decay=c.adam_wd)
+        self.adam = torch.optim.AdamW(
+            [dict(params=params, rate=rates[kind]) for kind, params in groups.items()],
+            lr=1.0,
+            betas=(c.beta1, c.beta2),
+            eps=c.adam_eps,
+            weight_decay=c.adam_wd,
+        )
         self.momentum = [torch.zeros_like(p) for p in self.matrices]
         self.ema = {name: x.detach().clone().float() for name, x in model.state_dict().items()}
 
@@ -195,7 +243,9 @@ class PlainTrainer:
                 buffer.mul_(momentum).add_(p.grad)
                 update = self.orthogonal(p.grad.add(buffer, alpha=momentum))
                 rate = scale * c.matrix_lr
-                p.mul_(1 - rate * c.muon_wd).add_(update, alpha=-rate * math.sqrt(max(1, p.size(0) / p.size(1))))
+                p.mul_(1 - rate * c.muon_wd).add_(
+                    update, alpha=-rate * math.sqrt(max(1, p.size(0) / p.size(1)))
+                )
             for group in self.adam.param_groups:
                 group["lr"] = group["rate"] * scale
             self.adam.step()
@@ -213,24 +263,38 @@ def autograd_slot(c, model, h, targets, firsts, carry=None):
 
     carry: a dict that keeps delta, bias and optimiser between batches (SLOT_LOSS=past, which scores first).
     """
-    T, weight, window = h.size(1), model.head_weight().detach().to(h.dtype), c.slot_delta == "window"
+    T, weight, window = (
+        h.size(1),
+        model.head_weight().detach().to(h.dtype),
+        c.slot_delta == "window",
+    )
     columns = torch.arange(T, device=h.device)
     first = torch.from_numpy(firsts).to(h.device)[:, None]
-    mask = {"all": (columns < T - 1).expand(len(h), T), "context": columns < first}.get(c.slot_loss, columns >= first)
+    mask = {"all": (columns < T - 1).expand(len(h), T), "context": columns < first}.get(
+        c.slot_loss, columns >= first
+    )
     usual = {"all": T - 1, "context": T - c.eval_stride}.get(c.slot_loss, c.eval_stride)
     share = 1 / (32 * usual) if window else 1 / max(1, int(mask.sum()))
     state = carry if carry else {}
     if not state:
         groups = len(h) if window and c.slot_loss != "past" else 1
-        state["params"] = [torch.zeros(groups, 1, n, dtype=h.dtype, device=h.device, requires_grad=True)
-                           for n in (h.size(2), len(weight))[:1 + c.slot_bias]]
-        state["adam"] = torch.optim.AdamW(state["params"], lr=c.slot_lr, weight_decay=1e-8, eps=1e-5)
+        state["params"] = [
+            torch.zeros(groups, 1, n, dtype=h.dtype, device=h.device, requires_grad=True)
+            for n in (h.size(2), len(weight))[: 1 + c.slot_bias]
+        ]
+        state["adam"] = torch.optim.AdamW(
+            state["params"], lr=c.slot_lr, weight_decay=1e-8, eps=1e-5
+        )
         if carry is not None:
             carry.update(state)
 
     def nats():
         z = F.linear(h + state["params"][0], weight) + (state["params"][1] if c.slot_bias else 0)
-        return F.cross_entropy(model.cap(z.float() if h.is_cuda else z).flatten(0, 1), targets.flatten(), reduction="none").view(len(h), T)
+        return F.cross_entropy(
+            model.cap(z.float() if h.is_cuda else z).flatten(0, 1),
+            targets.flatten(),
+            reduction="none",
+        ).view(len(h), T)
 
     before = None
     if c.slot_loss == "past":
@@ -265,18 +329,35 @@ class PlainEvaluation:
         """Nats of the targets of these windows (indices)."""
         c, T = self.c, self.c.eval_seq_len
         for i in range(0, len(windows), self.batch):
-            some = windows[i:i + self.batch]
-            ids, targets = (torch.zeros(len(some), T, dtype=torch.long, device=self.tokens.device) for _ in range(2))
+            some = windows[i : i + self.batch]
+            ids, targets = (
+                torch.zeros(len(some), T, dtype=torch.long, device=self.tokens.device)
+                for _ in range(2)
+            )
             for row, w in enumerate(some):
-                ids[row], targets[row] = self.tokens[self.starts[w]:][:T], self.tokens[self.starts[w] + 1:][:T]
+                ids[row], targets[row] = (
+                    self.tokens[self.starts[w] :][:T],
+                    self.tokens[self.starts[w] + 1 :][:T],
+                )
             with torch.no_grad():
                 if self.label.endswith("slot"):
-                    nats = autograd_slot(c, self.model, self.model.hidden(ids), targets, self.firsts[some], self.carry)
+                    nats = autograd_slot(
+                        c,
+                        self.model,
+                        self.model.hidden(ids),
+                        targets,
+                        self.firsts[some],
+                        self.carry,
+                    )
                 else:
                     logits = self.model.logits(ids)
-                    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(len(some), T)
+                    nats = F.cross_entropy(
+                        logits.flatten(0, 1), targets.flatten(), reduction="none"
+                    ).view(len(some), T)
             for row, w in enumerate(some):
-                self.nats[self.starts[w] + self.firsts[w]:self.starts[w] + T] = nats[row, self.firsts[w]:].cpu()
+                self.nats[self.starts[w] + self.firsts[w] : self.starts[w] + T] = nats[
+                    row, self.firsts[w] :
+                ].cpu()
 
     def train(self, begin, end, rate):
         """TTT_EPOCHS passes over the scored targets begin to end, which sequences of EVAL_SEQ_LEN tile."""
@@ -286,7 +367,7 @@ class PlainEvaluation:
         for _ in range(c.ttt_epochs):
             for i in range(begin, end, T * c.ttt_batch_seqs):
                 starts = range(i, min(end, i + T * c.ttt_batch_seqs), T)
-                rows = torch.stack([self.tokens[s:s + T + 1] for s in starts])
+                rows = torch.stack([self.tokens[s : s + T + 1] for s in starts])
                 self.sgd.zero_grad()
                 self.model(rows[:, :-1], rows[:, 1:]).backward()
                 if c.ttt_grad_clip:
@@ -303,7 +384,11 @@ class PlainEvaluation:
         for k in range(chunk[-1] + 1):
             self.score(windows[chunk == k])
             if k < chunk[-1]:
-                self.train(k * c.ttt_chunk_tokens, (k + 1) * c.ttt_chunk_tokens, t.cosine(c.ttt_lr, 0, k, chunk[-1] + 1))
+                self.train(
+                    k * c.ttt_chunk_tokens,
+                    (k + 1) * c.ttt_chunk_tokens,
+                    t.cosine(c.ttt_lr, 0, k, chunk[-1] + 1),
+                )
         return self.nats
 
 
@@ -320,13 +405,19 @@ def plain_quantize(c, state):
         for p in t.PERCENTILES:
             clip = torch.quantile(w.abs(), p, dim=1)
             scale = (clip / t.LEVELS[kind]).clamp(2.0**-24, 65504.0).half()
-            q = torch.clamp(torch.round(w / scale.float()[:, None]), -t.LEVELS[kind], t.LEVELS[kind])
+            q = torch.clamp(
+                torch.round(w / scale.float()[:, None]), -t.LEVELS[kind], t.LEVELS[kind]
+            )
             error = (w - q * scale.float()[:, None]).square().sum(1)
             if best is None:
                 best = [error, q, scale]
             else:
                 better = error < best[0]
-                best = [torch.where(better, error, best[0]), torch.where(better[:, None], q, best[1]), torch.where(better, scale, best[2])]
+                best = [
+                    torch.where(better, error, best[0]),
+                    torch.where(better[:, None], q, best[1]),
+                    torch.where(better, scale, best[2]),
+                ]
         out[name + ".q"], out[name + ".scale"] = best[1].to(torch.int8), best[2]
     file = io.BytesIO()
     torch.save(out, file)

@@ -14,6 +14,7 @@ A line says the bytes, those of the levels with the entropy of their distributio
 
 Writes logs/RUN_ID.txt and logs/RUN_ID/metrics.jsonl. Exit status: 0 done, 2 bad input.
 """
+
 import argparse
 import json
 import os
@@ -46,8 +47,17 @@ def nats(c, run, model, val):
 
 def compare(run, c, model, val, data, rows, budgets):
     """Log a line for each row and budget; returns them."""
-    before, state, found = nats(c, run, model, val), {n: p.clone() for n, p in model.state_dict().items()}, {}
-    run.metric("unquantised", val_loss=before.mean().item(), tokens=val.n, weights=sum(p.numel() for p in model.parameters()))
+    before, state, found = (
+        nats(c, run, model, val),
+        {n: p.clone() for n, p in model.state_dict().items()},
+        {},
+    )
+    run.metric(
+        "unquantised",
+        val_loss=before.mean().item(),
+        tokens=val.n,
+        weights=sum(p.numel() for p in model.parameters()),
+    )
     for name, config in rows:
         began = perf_counter()
         calibrated = () if config.quant == "gptq_lite" else t.calibrate(config, run, model, data)
@@ -64,8 +74,15 @@ def compare(run, c, model, val, data, rows, budgets):
             loaded = perf_counter()
             change = (nats(c, run, model, val) - before).view(-1, c.eval_seq_len).mean(1)
             label = f"{name}@{budget or 'finest'}"
-            found[label] = dict(model_bytes=len(blob), **figures, damage=change.mean().item(), error=(change.std() / len(change) ** 0.5).item(),
-                                calibrate=calibration, quantise=packed - began, load=loaded - packed)
+            found[label] = dict(
+                model_bytes=len(blob),
+                **figures,
+                damage=change.mean().item(),
+                error=(change.std() / len(change) ** 0.5).item(),
+                calibrate=calibration,
+                quantise=packed - began,
+                load=loaded - packed,
+            )
             run.metric(label, **found[label])
             model.load_state_dict(state)
     return found
@@ -73,37 +90,71 @@ def compare(run, c, model, val, data, rows, budgets):
 
 def table(folder):
     """Lines of a Markdown table of what main() wrote into a folder."""
-    lines = ["| quantiser | artifact | levels over their entropy | val_loss lost | standard error | quantised in | loaded in |", "|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| quantiser | artifact | levels over their entropy | val_loss lost | standard error | quantised in | loaded in |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for row in map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines()):
         if "damage" in row:
-            lines.append(f"| {row['label'].split('@')[0].replace(',', ' ')} | {row['model_bytes']:,} B | {row['level_bytes'] / row['entropy_bytes'] - 1:+.1%} | "
-                         f"{row['damage']:.5f} | {row['error']:.5f} | {row['quantise']:.0f} s | {row['load']:.1f} s |")
+            lines.append(
+                f"| {row['label'].split('@')[0].replace(',', ' ')} | {row['model_bytes']:,} B | {row['level_bytes'] / row['entropy_bytes'] - 1:+.1%} | "
+                f"{row['damage']:.5f} | {row['error']:.5f} | {row['quantise']:.0f} s | {row['load']:.1f} s |"
+            )
     return lines
 
 
 def main(argv=None):
     """Run the rows; 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", metavar="FOLDER", help="only print what was written there before")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--table", metavar="FOLDER", help="only print what was written there before"
+    )
     parser.add_argument("--checkpoint", help="checkpoint.STEP.ckpt of a run")
     parser.add_argument("--run-id", help="name of the log and folder in logs/, which must be new")
-    parser.add_argument("--average", choices=("ema", "swa"), help="quantise this average of the checkpoint")
-    parser.add_argument("--bytes", action="append", type=int, help="size of the artifact without code; 0: the finest steps")
+    parser.add_argument(
+        "--average", choices=("ema", "swa"), help="quantise this average of the checkpoint"
+    )
+    parser.add_argument(
+        "--bytes",
+        action="append",
+        type=int,
+        help="size of the artifact without code; 0: the finest steps",
+    )
     parser.add_argument("rows", nargs="*", help="settings of quantising")
     args = parser.parse_args(argv)
     if args.table:
         print("\n".join(table(args.table)))
         return 0
     try:
-        t.refuse(not (args.checkpoint and args.run_id and args.rows), "--checkpoint, --run-id and at least one row are needed; see --help.")
-        env = {**os.environ, "RUN_ID": args.run_id, "LOAD_CHECKPOINT": args.checkpoint, "RESUME": "0", "EVALS": "none"}
+        t.refuse(
+            not (args.checkpoint and args.run_id and args.rows),
+            "--checkpoint, --run-id and at least one row are needed; see --help.",
+        )
+        env = {
+            **os.environ,
+            "RUN_ID": args.run_id,
+            "LOAD_CHECKPOINT": args.checkpoint,
+            "RESUME": "0",
+            "EVALS": "none",
+        }
         c = t.load_config(env)
         rows = [parse_row(text, env) for text in args.rows]
         run, kind = t.Run(c), f"{args.average}." if args.average else ""
-        tensors, model, val, data = t.read_checkpoint(args.checkpoint), t.GPT(c).to(run.device), t.ValData(c, run), t.TrainData(c, run)
+        tensors, model, val, data = (
+            t.read_checkpoint(args.checkpoint),
+            t.GPT(c).to(run.device),
+            t.ValData(c, run),
+            t.TrainData(c, run),
+        )
         there = {n.removeprefix(kind): w for n, w in tensors.items() if n.startswith(kind)}
         names = dict(model.named_parameters())
-        t.copy_tensors(names, {n: w for n, w in there.items() if n in names}, f"LOAD_CHECKPOINT={args.checkpoint}")
+        t.copy_tensors(
+            names,
+            {n: w for n, w in there.items() if n in names},
+            f"LOAD_CHECKPOINT={args.checkpoint}",
+        )
         run.start(c)
         compare(run, c, model, val, data, rows, args.bytes or [0])
     except (t.BadInput, t.Fault) as problem:
