@@ -1,445 +1,807 @@
-"""Parameter Golf, the SLOT record (pull request #1084), in one file: train, average, quantise, evaluate.
+"""Parameter Golf, the SLOT record (#1084), in one file: train, average, quantise, evaluate.
 
-A GPT of 11 layers learns web text in ten minutes on 8 GPUs. What it exports, with this file, is under 16,000,000 bytes.
+A GPT of 11 layers learns web text in ten minutes on 8 GPUs. What it exports, with the packed copy
+of this file, is under 16,000,000 bytes. Its score is bits per byte (bpb) on text it has not seen.
 
-  torchrun --standalone --nproc_per_node=8 train_gpt.py     the record run, #1084's; =1 on one GPU, with gradient accumulation
-  PRESET=pr1313 torchrun ... train_gpt.py                   another published system
-  PRESET=demo python train_gpt.py                           a small run for a CPU (make demo builds its data)
-  LOAD_ARTIFACT=logs/ID/final_model.ptz ...                 no training: evaluate an artifact
-  RUN_ID=... RESUME=1 torchrun ... train_gpt.py              go on with a run that was stopped or killed
-  python train_gpt.py --help                                every setting, an environment variable each
-"The lineage" is the scripts of #549, #1084 and #1313. Shapes: B batch, T sequence, D model dim, V vocabulary, L layers, H query heads,
-K key/value heads, R scored rows, N targets, W ranks. Tabs indent, small functions stand together, short statements share a line: bytes and lines count.
+  torchrun --standalone --nproc_per_node=8 train_gpt.py    the record run; =1 on one GPU
+  PRESET=pr1313 torchrun ... train_gpt.py                  another published system
+  PRESET=demo python train_gpt.py                          a small run for a CPU (make demo)
+  python train_gpt.py SLOT_ENABLED=0                       a setting as an argument, not a variable
+  LOAD_ARTIFACT=logs/ID/final_model.ptz ...                evaluate an artifact, without training
+  RUN_ID=... RESUME=1 torchrun ... train_gpt.py            go on with a run that was stopped
+  python train_gpt.py --help [family]                      settings: all, or those of slot, ttt ...
+  python train_gpt.py --pack [PATH]                        write the packed copy that is shipped
+
+The sections, in the order of a run:
+
+   1 imports         2 settings         3 command line        4 files          5 ranks, log, store
+   6 data            7 model            8 optimiser           9 schedules     10 quantisation
+  11 averages       12 scoring core    13 scoring methods    14 evaluators    15 late QAT
+  16 training       17 main
+
+Shapes: B batch, T sequence, D model width, V vocabulary, L layers, H query heads, K key/value
+heads, d width of a head, R last rows of a sequence, S scored targets of a batch, N targets of the
+validation stream, G groups of rows that share a SLOT delta, W ranks.
+
+Words: a target is a token that is predicted. A window is EVAL_SEQ_LEN inputs with their targets, of
+which the last EVAL_STRIDE are scored and the others are context. A chunk is what test-time training
+(TTT) learns from after it was scored. A bank is all matrices of one kind in one tensor. An artifact
+is the file of quantised weights. C1 to C4 are the challenge's conditions on scoring: a probability
+depends on the past alone (C1), probabilities sum to 1 (C2), nothing is fitted to a target before it
+was scored (C3), each target is scored once (C4). "The lineage" is the scripts of #549, #1084 and
+#1313; "#N" is a pull request or issue of the challenge's repository, openai/parameter-golf.
 """
 
-import contextlib, ctypes, dataclasses, difflib, fcntl, functools, hashlib, itertools, json, lzma, math, os, re, signal, sys
-from collections import deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor
+import ast
+import base64
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import fcntl
+import functools
+import hashlib
+import importlib
+import json
+import lzma
+import math
+import os
+import re
+import signal
+import sys
+import typing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter, sleep, strftime
+from typing import Any, ClassVar, Literal, NamedTuple
+
+# ==================================================================================================
+# 2. Settings
+#
+# One table is parser, bounds check and help text: the fields of Config. Each is an environment
+# variable of the same name in capitals, or an argument NAME=value, which wins. The section stands
+# before the import of torch, for which --help does not wait.
+# ==================================================================================================
 
 
-# ---------- settings
-# One table is parser, bounds check and help text. It stands before the import of torch, for which --help must not wait.
 class BadInput(Exception):
-    "Unusable setting or file: exit status 2."
+    """An unusable setting, file or argument. Exit status 2."""
 
 
 class Fault(Exception):
-    "What went wrong on the way. Exit status 1."
+    """Something went wrong on the way. Exit status 1."""
 
 
-def refuse(wrong, message, error=BadInput):
-    """Raise error(message) if wrong."""
-    if wrong:
-        raise error(message)
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """How an evaluation scores the validation stream; a row of EVALUATORS."""
+
+    method: str  # name of the ScoringMethod that turns hidden states into nats
+    sliding: bool = True  # overlapping windows; else disjoint ones
+    ttt: bool = False  # trains on each chunk after it was scored
+    switch: str = ""  # setting that its method needs on
+
+    def needs(self) -> set[str]:
+        """Settings that must be on for it."""
+        return {name for name in (self.switch, "ttt_enabled" if self.ttt else "") if name}
 
 
-EVALS, Setting = (
-    "roundtrip sliding_window ttt ttt_slot slot ttt_ctw ctw".split(),
-    namedtuple("Setting", "name kind default low high text"),
-)
-DEFAULT_BOUNDS = {
-    "int": ("0", "1e9"),
-    "ints": ("0", "1e9"),
-    "float": ("0", "100"),
-}  # of a setting that names none
-SETTINGS = [
-    Setting(name, kind, default, *((low, high) if low else DEFAULT_BOUNDS.get(kind, "--")), text)
-    for names, kind, defaults, low, high, text in re.findall(
-        r"(?:^| \| )(\S+) (\S+) (\S+) (?:([-\d.e]+) ([-\d.e]+) )?(.+?)(?=$| \| )",
-        """\
-PRESET presets pr1084 Comma list, later ones win: a published system; best, what helped its followers; demo, a small run for a CPU.
-RUN_ID str - Names the log and folder in logs/, new; empty: date, time, seed. | SEED int 1337 0 2147483647 Seed of initial weights and data order.
-DEVICE auto|cpu|cuda auto auto: a GPU if there is one. | COMPILE auto|0|1 auto torch.compile; auto: on a GPU.
-ATTENTION auto|fa3|fa4|sdpa auto FlashAttention-3, -4 or torch's SDPA; auto: the first there is.
-LOAD_ARTIFACT str - Evaluate this artifact, ours or the lineage's, without training.
-LOAD_CHECKPOINT str - Begin with this run's checkpoint; with its ITERATIONS, average and export anew.
-EVALS evals auto Comma list, or none; auto: roundtrip, sliding_window and what TTT, SLOT and CTW ask for.
-SAVE_EVERY int 500 Steps between checkpoints; 0: at the end and on a signal. | RESUME bool 0 Go on with RUN_ID from its last checkpoint.
-SAVE_NLL bool 0 Write nll_<evaluator>.npy: float64 nats of each target in stream order.
-DATA_PATH str ./data/datasets/fineweb10B_sp1024 Folder of fineweb_train_*.bin and fineweb_val_*.bin.
-TOKENIZER_PATH str ./data/tokenizers/fineweb_1024_bpe.model Its SentencePiece model.
-TRAIN_BATCH_TOKENS int 786432 1 2e9 Tokens of a training step over all ranks.
-VAL_BATCH_SIZE int 524288 1 2e9 Tokens of an evaluation forward over all ranks. | VAL_LOSS_EVERY int 4000 Steps between validations; 0: at the end.
-TRAIN_LOG_EVERY int 500 1 1e9 Steps between training lines, after ten. | ITERATIONS int 9000 1 1e9 Training steps, at most.
-DATA_ORDER shuffled|coprime shuffled Sequences of a shard: a permutation, or steps of a stride coprime to their number.
-MAX_WALLCLOCK_SECONDS float 600 0 1e9 Training time, at most; 0: no cap. | WARMUP_STEPS int 20 Steps that prime torch.compile; no trace.
-WARMDOWN_ITERS int 3500 Steps, or their time, in which rates fall to MIN_LR. | MIN_LR float 0 0 1 Factor on rates that they do not fall under.
-TRAIN_SEQ_LEN int 2048 2 1e6 Tokens of a training sequence. | VOCAB_SIZE int 1024 2 65536 Vocabulary; must be the tokenizer's.
-NUM_LAYERS int 11 1 1000 Transformer blocks. | MODEL_DIM int 512 2 65536 Width of the residual stream.
-NUM_HEADS|NUM_KV_HEADS int 8|4 1 1024 Query heads, a multiple of the key/value heads. | MLP_MULT float 3 0.01 64 MLP width over MODEL_DIM.
-TIE_EMBEDDINGS bool 1 The token embedding is the output head too. | LOGIT_SOFTCAP float 30 0.01 1000 Logits are cap * tanh(z / cap).
-ROPE_BASE float 10000 1 1e12 Base of the rotary position embedding (RoPE). | ROPE_DIMS int 16 Rotated dimensions of a head; 0: all.
-ROPE_TRAIN_LEN int 1024 1 1e6 A longer TRAIN_SEQ_LEN rescales ROPE_BASE. | LN_SCALE bool 1 Scale the inputs of block i by 1/sqrt(i+1).
-XSA_LAST_N int 4 Last layers with exclusive self attention (XSA). | PARALLEL_LAST_N int 0 Last layers whose MLP reads what attention does.
-VRL_ENABLED bool 0 Value residual (1-g) v + g v_first, g learned. | VALUE_RESIDUAL bool 0 Value residual a v_first + b v, a and b learned.
-GATED_ATTENTION bool 0 Learned sigmoid gates on heads. | RECUR_LAYERS ints - Layers, from 0, run twice, each pass with its own vectors (#686).
-RECUR_START int 3000 Step from which they are. | PREQUANT_TTT_ENABLED bool 0 Train on validation tokens before quantising (#1488). Breaks C3.
-BIGRAM_VOCAB_SIZE int 1536 0 16777216 Buckets of the bigram hash embedding; 0: none. | BIGRAM_DIM int 128 1 65536 Width of its table.
-VE_ENABLED bool 1 Value embedding (VE), added to values. | VE_DIM int 128 1 65536 Width of its table.
-VE_LAYERS ints 9,10 Layers, from 0, that get it. | TIED_EMBED_INIT_STD float 0.005 0 10 Its initial deviation, if tied.
-QK_GAIN_INIT float 1.5 Initial gain of a query head. | MATRIX_LR float 0.025 Muon's rate, for the matrices.
-TIED_EMBED_LR|EMBED_LR|HEAD_LR|SCALAR_LR float 0.035|0.6|0.008|0.025 AdamW's rate for tied embeddings, untied ones, an untied head, the rest.
-MUON_MOMENTUM|MUON_MOMENTUM_WARMUP_START float 0.99|0.92 0 0.99999 Muon's Nesterov momentum, in the end and at first.
-MUON_MOMENTUM_WARMUP_STEPS int 1500 Steps from there to MUON_MOMENTUM. | MUON_BACKEND_STEPS int 5 1 100 Newton-Schulz steps.
-NEWTON_SCHULZ quintic|polar_express quintic Their coefficients: Muon's, or Polar Express's (arXiv:2505.16932).
-MUON_ROW_NORM bool 0 Give a gradient's rows equal norms before them (MuonEq-R).
-MUON_WD|ADAM_WD float 0.04|0.04 Decoupled weight decay of Muon, of AdamW. | BETA1|BETA2 float 0.9|0.95 0 0.99999 AdamW's betas.
-ADAM_EPS float 1e-8 1e-30 1 AdamW's epsilon. | GRAD_CLIP_NORM float 0.3 0 1e9 Cap on the reduced gradient's norm; 0: none.
-EMA_ENABLED bool 1 Moving average of the weights, a candidate for the export.
-EMA_DECAY float 0.997 0 0.999999 Its decay; after n steps min(EMA_DECAY, (1+n)/(10+n)).
-SWA_ENABLED bool 1 Mean of weights while rates are under 0.2 of full, another. | SWA_EVERY int 50 1 1e9 Steps between snapshots.
-LAWA_ENABLED bool 0 Mean of the last LAWA_K snapshots, another. | LAWA_K|LAWA_FREQ int 10|100 1 1e9 How many, and steps between them.
-AVERAGE auto|ema|swa|lawa|none auto What is exported; auto: what loses least on held-out training text, quantised.
-LATE_QAT bool 1 Straight-through training on the export's grid. | LATE_QAT_THRESHOLD float 0.15 0 1 Factor on rates under which it is on.
-QUANT rd|gptq|gptq_lite rd Steps by what errors cost (rate-distortion); with GPTQ's error feedback; or #549's percentiles.
-CALIBRATION_TOKENS int 32768 1 1e9 Training tokens that say what errors cost. | CODER rans|lzma rans Entropy coder of levels.
-ARTIFACT_BYTES int 16000000 1000 1e12 Cap on artifact plus code; steps widen to fit. | PREQUANT_TTT_LR float 0.00045 AdamW's rate, cosine to a tenth.
-PREQUANT_TTT_EPOCHS int 10 1 1000 Passes over the validation tokens.
-PREQUANT_TTT_FREEZE_BLOCKS|TTT_FREEZE_BLOCKS int 1|0 First blocks that it leaves alone. | EVAL_SEQ_LEN int 2048 2 1e6 Tokens of an evaluation window.
-EVAL_STRIDE int 64 1 1e6 Targets that a sliding window adds. | TTT_ENABLED bool 1 Score-first test-time training (TTT).
-TTT_LR float 0.002 SGD's rate, cosine to 0 over chunks. | TTT_EPOCHS int 3 Passes over a scored chunk.
-TTT_CHUNK_TOKENS int 32768 1 2e9 Targets of a chunk, after which TTT and CTW learn. | TTT_MOMENTUM float 0.9 0 0.99999 SGD momentum.
-TTT_BATCH_SEQS int 32 1 1e6 Sequences of a step over all ranks. | TTT_GRAD_CLIP float 1 0 1e9 Cap on the gradient's norm; 0: none.
-SLOT_ENABLED bool 1 SLOT, in TTT's scoring with TTT_ENABLED=1. | SLOT_DELTA shared|window shared One delta for a batch, or one a window.
-SLOT_BIAS bool 0 A bias on the logits beside it.
-SLOT_LOSS all|scored|context|past all Fit to all targets; to those scored; to those scored before; or carry it on, fit to what it scored.
-SLOT_STEPS int 3 1 1000 AdamW steps of a fit. | SLOT_LR float 0.001 1e-6 100 Rate of its first step.
-SLOT_LR_MIN float -1 -1 100 Rate of its last step, by a cosine; -1: SLOT_LR.
-SLOT_HYPER_LR float 0 Hypergradient (arXiv:2502.11229): rates move by this * (gradient . last gradient).
-SLOT_BATCH_SEQS int 32 1 1e6 Consecutive windows of a batch.
-CTW_WEIGHT float 0 0 1 Weight of context tree weighting (CTW) at the entropy ln V, in proportion below; 0: off.
-CTW_DEPTH int 4 0 64 Tokens of its longest context. | CTW_ENTROPY_THRESHOLD float 2 Nats of entropy above which it is mixed in.
-""",
-        re.M,
-    )
-    for name, default in zip(names.split("|"), defaults.split("|") if "|" in names else [defaults])
-]
-# what differs from #1084; sizes as in the published logs
-PRESETS = {
-    line.split()[0]: dict(word.split("=") for word in line.split()[1:])
-    for line in """\
-pr1084; pr549 SLOT_ENABLED=0
-pr1150 BIGRAM_VOCAB_SIZE=2048 ITERATIONS=20000 SLOT_STEPS=5 SLOT_LR=0.003; pr1303 +1313 EVAL_STRIDE=64 SLOT_STEPS=16 SLOT_LR=0.008 SLOT_LR_MIN=0.0008
-pr1313 +1313; pr1488 +1313 QK_GAIN_INIT=5.25 PREQUANT_TTT_ENABLED=1
-slot28 +1313 SLOT_STEPS=28; slot32 +1313 SLOT_STEPS=32 SLOT_LR=0.015; slot48 +1313 SLOT_STEPS=48
-hypergradient +1313 SLOT_HYPER_LR=1e-5
-best SLOT_ENABLED=0 XSA_LAST_N=11 QK_GAIN_INIT=4 RECUR_LAYERS=4,5 PARALLEL_LAST_N=4 NEWTON_SCHULZ=polar_express MUON_ROW_NORM=1 MUON_WD=0.085 \
-DATA_ORDER=coprime MIN_LR=0.05 QUANT=gptq
-best_demo SLOT_ENABLED=0 EVALS=auto XSA_LAST_N=4 NEWTON_SCHULZ=polar_express MUON_WD=0.085 DATA_ORDER=coprime MIN_LR=0.05 QUANT=gptq
-demo DATA_PATH=./data/datasets/demo_sp1024 TOKENIZER_PATH=./data/tokenizers/demo_1024_bpe.model EVALS=roundtrip,sliding_window,ttt,ttt_slot \
-NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 VE_LAYERS=2,3 VE_DIM=32 XSA_LAST_N=2 BIGRAM_VOCAB_SIZE=4096 BIGRAM_DIM=32 \
-TRAIN_SEQ_LEN=256 EVAL_SEQ_LEN=256 TRAIN_BATCH_TOKENS=4096 VAL_BATCH_SIZE=8192 ITERATIONS=400 WARMDOWN_ITERS=160 \
-MAX_WALLCLOCK_SECONDS=150 VAL_LOSS_EVERY=200 TRAIN_LOG_EVERY=5 SAVE_EVERY=50 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_STEPS=100 MATRIX_LR=0.04 \
-SWA_EVERY=5 TTT_CHUNK_TOKENS=8192 TTT_LR=0.006
-""".replace(
-        "+1313",
-        "ITERATIONS=20000 XSA_LAST_N=11 VRL_ENABLED=1 QK_GAIN_INIT=4 BIGRAM_VOCAB_SIZE=1024 TTT_ENABLED=0 EVAL_STRIDE=96 "
-        "SLOT_DELTA=window SLOT_BIAS=1 SLOT_LOSS=scored SLOT_STEPS=24 SLOT_LR=0.012 SLOT_LR_MIN=0.001",
-    )
-    .replace("; ", "\n")
-    .splitlines()
+EVALUATORS = {
+    "roundtrip": Evaluator("Plain", sliding=False),
+    "sliding_window": Evaluator("Plain"),
+    "ttt": Evaluator("Plain", ttt=True),
+    "ttt_slot": Evaluator("Slot", ttt=True, switch="slot_enabled"),
+    "slot": Evaluator("Slot", switch="slot_enabled"),
+    "ttt_ctw": Evaluator("Ctw", ttt=True, switch="ctw_weight"),
+    "ctw": Evaluator("Ctw", switch="ctw_weight"),
 }
-NAMES = [s.name for s in SETTINGS]
-MODEL_SETTINGS = NAMES[
-    NAMES.index("TRAIN_SEQ_LEN") : NAMES.index("VE_LAYERS") + 1
-]  # an artifact carries them
-# an unknown variable that begins like this is a misspelt setting, or the lineage's
-FAMILIES = re.compile(
-    "(TTT|SLOT|CTW|MUON|ADAM|EMA|SWA|VE|XSA|BIGRAM|ROPE|QAT|LATE_QAT|TIED|WARMDOWN|RECUR|VRL|VALUE_RESIDUAL|"
-    "GATED_ATTENTION|PREQUANT|MTP|DTG|LAWA)(_|$)"
-)
-Config = dataclasses.make_dataclass("Config", [*map(str.lower, NAMES), "explicit"], frozen=True)
 
 
-def parse_setting(s, text):
-    """Value of setting s from its text, "-" for empty. Raises ValueError."""
-    if s.kind == "str":
-        return "" if text == "-" else text
-    choices = {"bool": "0|1|false|true"}.get(s.kind, s.kind)
-    if "|" in choices:
-        refuse(
-            text.lower() not in choices.split("|"),
-            "allowed: " + choices.replace("|", ", "),
-            ValueError,
-        )
-        return text.lower() in ("1", "true") if s.kind == "bool" else text.lower()
-    words = (
-        [w for w in text.split(",") if w.strip("-")]
-        if s.kind in ("ints", "evals", "presets")
-        else [text]
+def setting(
+    default: Any,
+    text: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    in_artifact: bool = False,
+) -> Any:
+    """A field of Config: its default, help, bounds, and whether an artifact carries it."""
+    metadata = dict(text=text, low=low, high=high, in_artifact=in_artifact)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+MAX_INT = 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings of a run; the defaults are #1084's record.
+
+    Integers are from 0 to MAX_INT and numbers from 0 to 100 unless low and high say otherwise.
+    """
+
+    # ---- the run
+    preset: tuple[str, ...] = setting(
+        ("pr1084",),
+        "Comma list, later ones win: a published system; best, what helped its followers; demo, a"
+        " small run for a CPU.",
     )
-    if s.kind == "presets":
-        refuse(
-            not words or set(map(str.lower, words)) - {*PRESETS},
-            "allowed: a comma list of " + ", ".join(PRESETS),
-            ValueError,
-        )
-        return tuple(map(str.lower, words))
-    if s.kind == "evals":
-        refuse(
-            set(words) - {*EVALS} and words not in (["auto"], ["none"]),
-            "allowed: auto, none, or a comma list of " + ", ".join(EVALS),
-            ValueError,
-        )
-        return tuple(dict.fromkeys(words))
+    run_id: str = setting("", "Names the log and folder in logs/, new; empty: date, time, seed.")
+    seed: int = setting(1337, "Seed of initial weights and data order.", high=2**31 - 1)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one.")
+    compile: Literal["auto", "0", "1"] = setting("auto", "torch.compile; auto: on a GPU.")
+    attention: Literal["auto", "fa3", "fa4", "sdpa"] = setting(
+        "auto", "FlashAttention-3, -4 or torch's SDPA; auto: the first there is."
+    )
+    load_artifact: str = setting(
+        "", "Evaluate this artifact, ours or the lineage's, without training."
+    )
+    load_checkpoint: str = setting(
+        "",
+        "Path of a checkpoint.STEP.ckpt to begin with; with ITERATIONS=STEP it is only averaged and"
+        " exported anew.",
+    )
+    evals: tuple[str, ...] = setting(
+        ("auto",),
+        "Comma list, or none; auto: roundtrip, sliding_window and what TTT, SLOT and CTW ask for.",
+    )
+    save_every: int = setting(500, "Steps between checkpoints; 0: only at the end and on a signal.")
+    resume: bool = setting(False, "Go on with RUN_ID from its last checkpoint.")
+    save_nll: bool = setting(
+        False, "Write nll_<evaluator>.npy: float64 nats of each target in stream order."
+    )
+
+    # ---- data and batches
+    data_path: str = setting(
+        "./data/datasets/fineweb10B_sp1024", "Folder of fineweb_train_*.bin and fineweb_val_*.bin."
+    )
+    tokenizer_path: str = setting(
+        "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards."
+    )
+    train_batch_tokens: int = setting(
+        786432, "Tokens of a training step over all ranks.", low=1, high=2 * 10**9
+    )
+    val_batch_size: int = setting(
+        524288, "Tokens of an evaluation forward over all ranks.", low=1, high=2 * 10**9
+    )
+    val_loss_every: int = setting(4000, "Steps between validations; 0: only at the end.")
+    train_log_every: int = setting(500, "Steps between training lines, after ten.", low=1)
+    data_order: Literal["shuffled", "coprime"] = setting(
+        "shuffled",
+        "Sequences of a shard: a permutation, or steps of a stride coprime to their number.",
+    )
+
+    # ---- length of training
+    iterations: int = setting(9000, "Training steps, at most.", low=1)
+    max_wallclock_seconds: float = setting(
+        600.0, "Training time, at most; 0: no cap.", high=MAX_INT
+    )
+    warmup_steps: int = setting(20, "Steps that prime torch.compile; no trace of them stays.")
+    warmdown_iters: int = setting(3500, "Steps, or their time, in which rates fall to MIN_LR.")
+    min_lr: float = setting(0.0, "Lowest factor on rates, at the end of the warmdown.", high=1)
+
+    # ---- model
+    train_seq_len: int = setting(
+        2048, "Tokens of a training sequence.", low=2, high=10**6, in_artifact=True
+    )
+    vocab_size: int = setting(
+        1024, "Vocabulary; must be the tokenizer's.", low=2, high=65536, in_artifact=True
+    )
+    num_layers: int = setting(11, "Transformer blocks.", low=1, high=1000, in_artifact=True)
+    model_dim: int = setting(
+        512, "Width of the residual stream.", low=2, high=65536, in_artifact=True
+    )
+    num_heads: int = setting(
+        8, "Query heads, a multiple of the key/value heads.", low=1, high=1024, in_artifact=True
+    )
+    num_kv_heads: int = setting(
+        4, "Key/value heads (grouped-query attention, GQA).", low=1, high=1024, in_artifact=True
+    )
+    mlp_mult: float = setting(3.0, "MLP width over MODEL_DIM.", low=0.01, high=64, in_artifact=True)
+    tie_embeddings: bool = setting(
+        True, "The token embedding is the output head too.", in_artifact=True
+    )
+    logit_softcap: float = setting(
+        30.0, "Logits are cap * tanh(z / cap).", low=0.01, high=1000, in_artifact=True
+    )
+    rope_base: float = setting(
+        10000.0,
+        "Base of the rotary position embedding (RoPE).",
+        low=1,
+        high=10**12,
+        in_artifact=True,
+    )
+    rope_dims: int = setting(16, "Rotated dimensions of a head; 0: all.", in_artifact=True)
+    rope_train_len: int = setting(
+        1024, "A longer TRAIN_SEQ_LEN rescales ROPE_BASE.", low=1, high=10**6, in_artifact=True
+    )
+    ln_scale: bool = setting(True, "Scale the inputs of block i by 1/sqrt(i+1).", in_artifact=True)
+    xsa_last_n: int = setting(
+        4, "Last layers with exclusive self attention (XSA).", in_artifact=True
+    )
+    parallel_last_n: int = setting(
+        0, "Last layers whose MLP reads attention's input, not its output.", in_artifact=True
+    )
+    vrl_enabled: bool = setting(
+        False, "Value residual (1-g) v + g v_first, g learned.", in_artifact=True
+    )
+    value_residual: bool = setting(
+        False, "Value residual a v_first + b v, a and b learned.", in_artifact=True
+    )
+    gated_attention: bool = setting(False, "Learned sigmoid gates on heads.", in_artifact=True)
+    recur_layers: tuple[int, ...] = setting(
+        (), "Layers, from 0, run twice, each pass with its own vectors (#686).", in_artifact=True
+    )
+    recur_start: int = setting(3000, "Step from which RECUR_LAYERS run twice.", in_artifact=True)
+    prequant_ttt_enabled: bool = setting(
+        False, "Train on validation tokens before quantising (#1488). Breaks C3.", in_artifact=True
+    )
+    bigram_vocab_size: int = setting(
+        1536, "Buckets of the bigram hash embedding; 0: none.", high=2**24, in_artifact=True
+    )
+    bigram_dim: int = setting(
+        128, "Width of the bigram table.", low=1, high=65536, in_artifact=True
+    )
+    ve_enabled: bool = setting(True, "Value embedding (VE), added to values.", in_artifact=True)
+    ve_dim: int = setting(
+        128, "Width of the value embedding's table.", low=1, high=65536, in_artifact=True
+    )
+    ve_layers: tuple[int, ...] = setting(
+        (9, 10), "Layers, from 0, that get the value embedding.", in_artifact=True
+    )
+    tied_embed_init_std: float = setting(
+        0.005, "Initial deviation of the token embedding, if tied.", high=10
+    )
+    qk_gain_init: float = setting(1.5, "Initial gain of a query head.")
+
+    # ---- optimiser
+    matrix_lr: float = setting(0.025, "Muon's rate, for the matrices.")
+    tied_embed_lr: float = setting(0.035, "AdamW's rate for tied embeddings.")
+    embed_lr: float = setting(0.6, "AdamW's rate for untied embeddings.")
+    head_lr: float = setting(0.008, "AdamW's rate for an untied head.")
+    scalar_lr: float = setting(0.025, "AdamW's rate for the rest.")
+    muon_momentum: float = setting(0.99, "Muon's Nesterov momentum, in the end.", high=0.99999)
+    muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum, at first.", high=0.99999)
+    muon_momentum_warmup_steps: int = setting(
+        1500, "Steps from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."
+    )
+    muon_backend_steps: int = setting(5, "Newton-Schulz steps.", low=1, high=100)
+    newton_schulz: Literal["quintic", "polar_express"] = setting(
+        "quintic", "Newton-Schulz coefficients: Muon's, or Polar Express's (arXiv:2505.16932)."
+    )
+    muon_row_norm: bool = setting(
+        False, "Give a gradient's rows equal norms before Newton-Schulz (MuonEq-R)."
+    )
+    muon_wd: float = setting(0.04, "Decoupled weight decay of Muon.")
+    adam_wd: float = setting(0.04, "Decoupled weight decay of AdamW.")
+    beta1: float = setting(0.9, "AdamW's decay of the gradient's mean.", high=0.99999)
+    beta2: float = setting(0.95, "AdamW's decay of the mean square.", high=0.99999)
+    adam_eps: float = setting(1e-8, "AdamW's epsilon.", low=1e-30, high=1)
+    grad_clip_norm: float = setting(
+        0.3, "Cap on the reduced gradient's norm; 0: none.", high=MAX_INT
+    )
+
+    # ---- averages, late QAT, export
+    ema_enabled: bool = setting(
+        True, "Exponential moving average (EMA) of the weights, a candidate for the export."
+    )
+    ema_decay: float = setting(
+        0.997, "Decay of the EMA; after n steps min(EMA_DECAY, (1+n)/(10+n)).", high=0.999999
+    )
+    swa_enabled: bool = setting(
+        True, "Mean of weights while rates are under 0.2 of full (SWA), another candidate."
+    )
+    swa_every: int = setting(50, "Steps between SWA's snapshots.", low=1)
+    lawa_enabled: bool = setting(
+        False, "Mean of the last LAWA_K snapshots (LAWA), a third candidate."
+    )
+    lawa_k: int = setting(10, "Snapshots in LAWA's mean.", low=1)
+    lawa_freq: int = setting(100, "Steps between LAWA's snapshots.", low=1)
+    average: Literal["auto", "ema", "swa", "lawa", "none"] = setting(
+        "auto", "What is exported; auto: what loses least on held-out training text, quantised."
+    )
+    late_qat: bool = setting(
+        True, "Straight-through training on the export's grid (quantisation-aware, QAT)."
+    )
+    late_qat_threshold: float = setting(
+        0.15, "Factor on rates under which late QAT begins.", high=1
+    )
+    quant: Literal["rd", "gptq", "gptq_lite"] = setting(
+        "rd",
+        "Steps by what errors cost (rate-distortion); with GPTQ's error feedback; or #549's"
+        " percentiles.",
+    )
+    calibration_tokens: int = setting(32768, "Training tokens that say what errors cost.", low=1)
+    coder: Literal["rans", "lzma"] = setting("rans", "Entropy coder of levels.")
+    artifact_bytes: int = setting(
+        16_000_000, "Cap on artifact plus code; steps widen to fit.", low=1000, high=10**12
+    )
+    prequant_ttt_lr: float = setting(
+        0.00045, "Rate of pre-quantisation TTT's AdamW, cosine to a tenth."
+    )
+    prequant_ttt_epochs: int = setting(
+        10, "Passes of pre-quantisation TTT over the validation tokens.", low=1, high=1000
+    )
+    prequant_ttt_freeze_blocks: int = setting(
+        1, "First blocks that pre-quantisation TTT leaves alone."
+    )
+
+    # ---- evaluation
+    eval_seq_len: int = setting(2048, "Tokens of an evaluation window.", low=2, high=10**6)
+    eval_stride: int = setting(64, "Targets that a sliding window adds.", low=1, high=10**6)
+    ttt_enabled: bool = setting(True, "Score-first test-time training (TTT).")
+    ttt_lr: float = setting(0.002, "TTT's rate of SGD, cosine to 0 over chunks.")
+    ttt_epochs: int = setting(3, "TTT's passes over a scored chunk.")
+    ttt_chunk_tokens: int = setting(
+        32768, "Targets of a chunk, after which TTT and CTW learn.", low=1, high=2 * 10**9
+    )
+    ttt_freeze_blocks: int = setting(0, "First blocks that TTT leaves alone.")
+    ttt_momentum: float = setting(0.9, "TTT's momentum of SGD.", high=0.99999)
+    ttt_batch_seqs: int = setting(32, "Sequences of a TTT step over all ranks.", low=1, high=10**6)
+    ttt_grad_clip: float = setting(1.0, "Cap on the norm of TTT's gradient; 0: none.", high=MAX_INT)
+    slot_enabled: bool = setting(True, "SLOT, in TTT's scoring with TTT_ENABLED=1.")
+    slot_delta: Literal["shared", "window"] = setting(
+        "shared", "One delta for a batch, or one a window."
+    )
+    slot_bias: bool = setting(False, "Fit a bias on the logits too.")
+    slot_loss: Literal["all", "scored", "context", "past"] = setting(
+        "all",
+        "Fit to all targets; to those scored; to those scored before; or carry it on, fit to what"
+        " it scored.",
+    )
+    slot_steps: int = setting(3, "AdamW steps of a fit.", low=1, high=1000)
+    slot_lr: float = setting(0.001, "AdamW's rate in the first step of a fit.", low=1e-6)
+    slot_lr_min: float = setting(-1.0, "Rate of the last step, by a cosine; -1: SLOT_LR.", low=-1)
+    slot_hyper_lr: float = setting(
+        0.0, "Hypergradient (arXiv:2502.11229): rates move by this * (gradient . last gradient)."
+    )
+    slot_batch_seqs: int = setting(
+        32, "Consecutive windows of a batch, which share a delta.", low=1, high=10**6
+    )
+    ctw_weight: float = setting(
+        0.0,
+        "Weight of context tree weighting (CTW) at the entropy ln V, in proportion below; 0: off.",
+        high=1,
+    )
+    ctw_depth: int = setting(4, "Tokens of CTW's longest context.", high=64)
+    ctw_entropy_threshold: float = setting(
+        2.0, "CTW is mixed in where the model's entropy is above this, in nats."
+    )
+
+    # Names, in small letters, of variables and arguments: LOAD_ARTIFACT refuses those that the
+    # artifact says otherwise, and overrides the other settings of the model.
+    explicit: frozenset[str] = frozenset()
+
+
+# What differs from #1084; sizes as in the published logs. A preset may build on another.
+PR1313 = dict(
+    ITERATIONS=20000,
+    XSA_LAST_N=11,
+    VRL_ENABLED=1,
+    QK_GAIN_INIT=4,
+    BIGRAM_VOCAB_SIZE=1024,
+    TTT_ENABLED=0,
+    EVAL_STRIDE=96,
+    SLOT_DELTA="window",
+    SLOT_BIAS=1,
+    SLOT_LOSS="scored",
+    SLOT_STEPS=24,
+    SLOT_LR=0.012,
+    SLOT_LR_MIN=0.001,
+)
+HELPFUL = dict(  # of what the record's followers changed, what helped the demo and costs no time
+    SLOT_ENABLED=0,
+    NEWTON_SCHULZ="polar_express",
+    MUON_WD=0.085,
+    DATA_ORDER="coprime",
+    MIN_LR=0.05,
+    QUANT="gptq",
+)
+PRESETS: dict[str, dict[str, Any]] = {
+    "pr1084": {},
+    "pr549": dict(SLOT_ENABLED=0),
+    "pr1150": dict(BIGRAM_VOCAB_SIZE=2048, ITERATIONS=20000, SLOT_STEPS=5, SLOT_LR=0.003),
+    "pr1303": PR1313 | dict(EVAL_STRIDE=64, SLOT_STEPS=16, SLOT_LR=0.008, SLOT_LR_MIN=0.0008),
+    "pr1313": PR1313,
+    "pr1488": PR1313 | dict(QK_GAIN_INIT=5.25, PREQUANT_TTT_ENABLED=1),
+    "slot28": PR1313 | dict(SLOT_STEPS=28),
+    "slot32": PR1313 | dict(SLOT_STEPS=32, SLOT_LR=0.015),
+    "slot48": PR1313 | dict(SLOT_STEPS=48),
+    "hypergradient": PR1313 | dict(SLOT_HYPER_LR=1e-5),
+    "best": HELPFUL
+    | dict(XSA_LAST_N=11, QK_GAIN_INIT=4, RECUR_LAYERS="4,5", PARALLEL_LAST_N=4, MUON_ROW_NORM=1),
+    "best_demo": HELPFUL | dict(EVALS="auto", XSA_LAST_N=4),  # as PRESET=demo,best_demo
+    "demo": dict(
+        DATA_PATH="./data/datasets/demo_sp1024",
+        TOKENIZER_PATH="./data/tokenizers/demo_1024_bpe.model",
+        EVALS="roundtrip,sliding_window,ttt,ttt_slot",
+        NUM_LAYERS=4,
+        MODEL_DIM=128,
+        NUM_HEADS=4,
+        NUM_KV_HEADS=2,
+        VE_LAYERS="2,3",
+        VE_DIM=32,
+        XSA_LAST_N=2,
+        BIGRAM_VOCAB_SIZE=4096,
+        BIGRAM_DIM=32,
+        TRAIN_SEQ_LEN=256,
+        EVAL_SEQ_LEN=256,
+        TRAIN_BATCH_TOKENS=4096,
+        VAL_BATCH_SIZE=8192,
+        ITERATIONS=400,
+        WARMDOWN_ITERS=160,
+        MAX_WALLCLOCK_SECONDS=150,
+        VAL_LOSS_EVERY=200,
+        TRAIN_LOG_EVERY=5,
+        SAVE_EVERY=50,
+        MUON_MOMENTUM=0.95,
+        MUON_MOMENTUM_WARMUP_STEPS=100,
+        MATRIX_LR=0.04,
+        SWA_EVERY=5,
+        TTT_CHUNK_TOKENS=8192,
+        TTT_LR=0.006,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A field of Config as the parser and the help need it."""
+
+    name: str  # in capitals
+    kind: str  # bool, int, float, str, ints (a comma list), names (of `choices`) or choice
+    default: Any
+    low: float
+    high: float
+    text: str
+    choices: tuple[str, ...]
+    in_artifact: bool
+
+    def allowed(self) -> str:
+        """What values may be, in words."""
+        if self.choices:
+            return ("a comma list of " if self.kind == "names" else "") + ", ".join(self.choices)
+        what = {"ints": "comma list of integers", "int": "integer", "float": "number"}
+        if self.kind not in what:
+            return "text"
+        return f"{what[self.kind]}, {shown_bound(self.low)} to {shown_bound(self.high)}"
+
+
+def shown_bound(value: float) -> str:
+    """A bound as a reader likes it: 1,000,000 or 0.99999 or 1e-30."""
+    return f"{value:,}" if float(value).is_integer() else f"{value:g}"
+
+
+def describe(field: dataclasses.Field) -> Setting:
+    """The Setting of a field of Config; its kind follows from the annotation."""
+    name, annotation = field.name.upper(), field.type
+    choices: tuple[str, ...] = ()
+    kinds: dict[Any, str] = {bool: "bool", int: "int", float: "float", str: "str"}
+    kinds[tuple[int, ...]] = "ints"
+    kind = kinds.get(annotation, "choice")
+    if annotation == tuple[str, ...]:
+        kind = "names"
+        choices = tuple(PRESETS) if name == "PRESET" else ("auto", "none", *EVALUATORS)
+    elif kind == "bool":
+        choices = ("0", "1", "false", "true")
+    elif kind == "choice":
+        choices = typing.get_args(annotation)
+    low, high = field.metadata["low"], field.metadata["high"]
+    return Setting(
+        name=name,
+        kind=kind,
+        default=field.default,
+        low=0 if low is None else low,
+        high=(100 if kind == "float" else MAX_INT) if high is None else high,
+        text=field.metadata["text"],
+        choices=choices,
+        in_artifact=field.metadata["in_artifact"],
+    )
+
+
+SETTINGS = {f.name.upper(): describe(f) for f in dataclasses.fields(Config) if f.metadata}
+# A family is the settings that begin with the same word. A variable that begins like two settings
+# or more, and is none, is taken for a misspelt one.
+FIRST_WORDS = [name.partition("_")[0] for name in SETTINGS]
+FAMILIES = sorted({word for word in FIRST_WORDS if FIRST_WORDS.count(word) > 1})
+
+
+def parse_value(s: Setting, text: str) -> Any:
+    """Value of a setting from its text. Raises ValueError that says what is allowed."""
+    if s.kind == "str":
+        return text
+    if s.kind in ("bool", "choice"):
+        if text.lower() not in s.choices:
+            raise ValueError(f"allowed: {s.allowed()}")
+        return text.lower() in ("1", "true") if s.kind == "bool" else text.lower()
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if s.kind == "names":
+        return parse_names(s, words)
+    if s.kind != "ints":
+        words = [text]
     try:
-        values = tuple(map(float if s.kind == "float" else int, words))
+        values = tuple(float(word) if s.kind == "float" else int(word) for word in words)
     except ValueError:
-        values = (math.nan,)
-    what = {"ints": "comma list of integers", "int": "integer", "float": "number"}[s.kind]
-    refuse(
-        not all(float(s.low) <= v <= float(s.high) for v in values),
-        f"allowed: {what}, {s.low} to {s.high}",
-        ValueError,
-    )  # nan fails too
+        raise ValueError(f"allowed: {s.allowed()}") from None
+    if not all(s.low <= value <= s.high for value in values):  # nan is refused too
+        raise ValueError(f"allowed: {s.allowed()}")
     return values if s.kind == "ints" else values[0]
 
 
-def load_config(env):
-    """Config from environment variables. Raises BadInput with all problems, a line each."""
-    values, problems = {}, []
-    for name in sorted(set(env) - set(NAMES)):
-        near = difflib.get_close_matches(name, NAMES, 1, 0 if FAMILIES.match(name) else 0.85)
+def parse_names(s: Setting, words: list[str]) -> tuple[str, ...]:
+    """Names of a comma list, each once. Raises ValueError."""
+    names = tuple(dict.fromkeys(word.lower() for word in words))
+    alone = {"auto", "none"} & set(names) and len(names) > 1
+    if set(names) - set(s.choices) or alone or not (names or s.name == "EVALS"):
+        raise ValueError(f"allowed: {s.allowed()}{'; auto and none stand alone' if alone else ''}")
+    return names
+
+
+def nearest_name(name: str, cutoff: float = 0.0) -> str:
+    """The setting whose name is most like this one, of its family if it has one; or ""."""
+    family = name.partition("_")[0]
+    known = list(SETTINGS)
+    if family in FAMILIES:
+        known, cutoff = [n for n in known if n.partition("_")[0] == family], 0.0
+    return next(iter(difflib.get_close_matches(name, known, 1, cutoff)), "")
+
+
+def unknown_names(env: Mapping[str, str]) -> list[str]:
+    """A problem for each variable that looks like a setting and is none."""
+    problems = []
+    for name in sorted(set(env) - set(SETTINGS)):
+        near = nearest_name(name, cutoff=0.85)
         if near:
             problems.append(
-                f"{name}={env[name]}: there is no such setting. Nearest name: {near[0]}. Correct it or unset it."
+                f"{name}={env[name]}: there is no such setting. Nearest name: {near}. Correct it,"
+                f" or, if it belongs to another program, start with env -u {name}."
             )
-    preset = {
-        k: v
-        for name in env.get("PRESET", "").lower().split(",")
-        for k, v in PRESETS.get(name.strip(), {}).items()
-    }
-    for s in SETTINGS:
-        text = str(env.get(s.name, preset.get(s.name, s.default))).strip()
+    return problems
+
+
+def load_config(env: Mapping[str, str]) -> Config:
+    """Config from variables by name. Raises BadInput with all problems, a line each."""
+    values: dict[str, Any] = {}
+    problems = unknown_names(env)
+    preset: dict[str, Any] = {}
+    for name in env.get("PRESET", "").lower().split(","):
+        preset |= PRESETS.get(name.strip(), {})
+    for s in SETTINGS.values():
+        text = str(env.get(s.name, preset.get(s.name, shown(s.default)))).strip()
         try:
-            values[s.name.lower()] = parse_setting(s, text)
+            values[s.name.lower()] = parse_value(s, text)
         except ValueError as why:
             problems.append(f"{s.name}={text}: {why}. {s.text}")
-            values[s.name.lower()] = parse_setting(s, s.default)
+            values[s.name.lower()] = s.default
     c = Config(**values, explicit=frozenset(n for n in values if n.upper() in env))
     problems += cross_check(c)
-    refuse(problems, "\n".join(problems))
-    last = "_".join(
-        ["ttt"] * c.ttt_enabled + ["slot"] * c.slot_enabled + ["ctw"] * (c.ctw_weight > 0)
-    )
-    auto = ("roundtrip", "sliding_window") + ((last,) if last else ())
-    return dataclasses.replace(c, evals={("auto",): auto, ("none",): ()}.get(c.evals, c.evals))
+    if problems:
+        raise BadInput("\n".join(problems))
+    return dataclasses.replace(c, evals=evaluators_of(c))
 
 
-def shown(value):
+def switches_on(c: Config) -> set[str]:
+    """Of the settings that evaluators need, those that are on."""
+    switches = set().union(*(evaluator.needs() for evaluator in EVALUATORS.values()))
+    return {name for name in switches if getattr(c, name)}
+
+
+def evaluators_of(c: Config) -> tuple[str, ...]:
+    """EVALS with auto and none replaced by names."""
+    if c.evals == ("none",):
+        return ()
+    if c.evals != ("auto",):
+        return c.evals
+    on = switches_on(c)
+    last = [name for name, evaluator in EVALUATORS.items() if on and evaluator.needs() == on]
+    return ("roundtrip", "sliding_window", *last)
+
+
+def shown(value: Any) -> str:
     """A setting's value as one would give it."""
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, (tuple, list))
-        else str(int(value) if isinstance(value, bool) else value)
-    )
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
+    return str(int(value) if isinstance(value, bool) else value)
 
 
-def cross_check(c):
-    """Problems between settings that are each valid alone."""
-    get, window, head_dim = (
-        (lambda name: getattr(c, name.lower())),
-        c.eval_seq_len,
-        c.model_dim // c.num_heads,
-    )
-    words, rot = {w for label in c.evals for w in label.split("_")}, c.rope_dims or head_dim
-    rules = [
-        (
-            rot > head_dim or rot % 2,
+def cross_check(c: Config) -> list[str]:
+    """Problems between settings that are each valid alone, a line each."""
+    found = [*run_problems(c), *model_problems(c), *evaluation_problems(c)]
+    for small, large in (
+        ("EVAL_STRIDE", "EVAL_SEQ_LEN"),
+        ("EVAL_SEQ_LEN", "VAL_BATCH_SIZE"),
+        ("EVAL_SEQ_LEN", "TTT_CHUNK_TOKENS"),
+        ("SLOT_LR_MIN", "SLOT_LR"),
+        ("XSA_LAST_N", "NUM_LAYERS"),
+        ("PARALLEL_LAST_N", "NUM_LAYERS"),
+        ("TTT_FREEZE_BLOCKS", "NUM_LAYERS"),
+        ("PREQUANT_TTT_FREEZE_BLOCKS", "NUM_LAYERS"),
+    ):
+        if getattr(c, small.lower()) > getattr(c, large.lower()):
+            found.append((small, f"at most {large}={getattr(c, large.lower())}"))
+    for multiple, of in (
+        ("MODEL_DIM", "NUM_HEADS"),
+        ("NUM_HEADS", "NUM_KV_HEADS"),
+        ("TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN"),
+    ):
+        if getattr(c, multiple.lower()) % getattr(c, of.lower()):
+            found.append((multiple, f"must be a multiple of {of}={getattr(c, of.lower())}"))
+    return [f"{name}={shown(getattr(c, name.lower()))}: {text}." for name, text in found]
+
+
+def run_problems(c: Config) -> Iterator[tuple[str, str]]:
+    """(setting, what is wrong) of how a run is named, begun and exported."""
+    if c.run_id and not re.fullmatch(r"\w[\w.-]*", c.run_id, re.ASCII):
+        yield "RUN_ID", "only letters, digits and . _ -, since files are named by it"
+    if c.resume and not c.run_id:
+        yield "RESUME", "needs the RUN_ID to go on with"
+    if c.load_artifact and c.load_checkpoint:
+        yield "LOAD_CHECKPOINT", "begins a training, LOAD_ARTIFACT needs none; choose one"
+    if c.average not in ("auto", "none") and not getattr(c, f"{c.average}_enabled"):
+        yield "AVERAGE", f"needs {c.average.upper()}_ENABLED=1"
+
+
+def model_problems(c: Config) -> Iterator[tuple[str, str]]:
+    """(setting, what is wrong) of the model."""
+    head_dim = c.model_dim // c.num_heads
+    rotated = c.rope_dims or head_dim
+    if rotated > head_dim or rotated % 2:
+        yield (
             "ROPE_DIMS",
             f"must be even and at most the head dim {head_dim}, or 0 with an even head dim",
-        ),
-        (c.ve_enabled and not c.ve_layers, "VE_LAYERS", "name a layer, or set VE_ENABLED=0"),
-        (
-            c.vrl_enabled and c.value_residual,
-            "VRL_ENABLED",
-            "mixes the same values as VALUE_RESIDUAL=1; choose one",
-        ),
-        (c.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE", "must be 0 or at least 2"),
-        (
-            c.slot_enabled and c.slot_loss == "context" and c.eval_stride == window,
-            "SLOT_LOSS",
-            f"EVAL_STRIDE={window}, the window, leaves no context",
-        ),
-        (c.slot_hyper_lr and not c.slot_enabled, "SLOT_HYPER_LR", "needs SLOT_ENABLED=1"),
-        (
-            c.slot_enabled and c.ctw_weight and c.evals == ("auto",),
-            "CTW_WEIGHT",
-            "no evaluator has SLOT and CTW; set SLOT_ENABLED=0, or EVALS",
-        ),
-        (c.resume and not c.run_id, "RESUME", "needs the RUN_ID to go on with"),
-        (
-            c.load_artifact and c.load_checkpoint,
-            "LOAD_CHECKPOINT",
-            "begins a training, LOAD_ARTIFACT needs none; choose one",
-        ),
-        (
-            c.average not in ("auto", "none") and not getattr(c, f"{c.average}_enabled", True),
-            "AVERAGE",
-            f"needs {c.average.upper()}_ENABLED=1",
-        ),
-        (
-            c.run_id and not re.fullmatch(r"\w[\w.-]*", c.run_id, re.A),
-            "RUN_ID",
-            "only letters, digits and . _ -, since files are named by it",
-        ),
-        *(
-            (not on and word in words, "EVALS", f"{off} leaves out {word}; change either")
-            for word, on, off in (
-                ("ttt", c.ttt_enabled, "TTT_ENABLED=0"),
-                ("slot", c.slot_enabled, "SLOT_ENABLED=0"),
-                ("ctw", c.ctw_weight, "CTW_WEIGHT=0"),
-            )
-        ),
-        *(
-            (
-                on
-                and set(get(name)) - set(range(c.num_layers))
-                or len(set(get(name))) < len(get(name)),
-                name,
-                f"must be different layers from 0 to {c.num_layers - 1}",
-            )
-            for name, on in (("VE_LAYERS", c.ve_enabled), ("RECUR_LAYERS", True))
-        ),
-        *(
-            (get(a) % get(b), a, f"must be a multiple of {b}={get(b)}")
-            for a, b in map(
-                str.split,
-                (
-                    "MODEL_DIM NUM_HEADS",
-                    "NUM_HEADS NUM_KV_HEADS",
-                    "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN",
-                ),
-            )
-        ),
-        *(
-            (get(a) > get(b), a, f"at most {b}={get(b)}")
-            for a, b in map(
-                str.split,
-                (
-                    "EVAL_STRIDE EVAL_SEQ_LEN",
-                    "EVAL_SEQ_LEN VAL_BATCH_SIZE",
-                    "EVAL_SEQ_LEN TTT_CHUNK_TOKENS",
-                    "SLOT_LR_MIN SLOT_LR",
-                    "XSA_LAST_N NUM_LAYERS",
-                    "PARALLEL_LAST_N NUM_LAYERS",
-                    "TTT_FREEZE_BLOCKS NUM_LAYERS",
-                    "PREQUANT_TTT_FREEZE_BLOCKS NUM_LAYERS",
-                ),
-            )
-        ),
-    ]
-    return [f"{name}={shown(get(name))}: {text}." for wrong, name, text in rules if wrong]
-
-
-def help_text():
-    """The --help page."""
-    lines = [__doc__, "Settings: NAME=default (kind, lowest to highest)"]
-    for s in SETTINGS:
-        bounds = f", {s.low} to {s.high}" if s.low != "-" else ""
-        lines += [
-            f"  {s.name}={'' if s.default == '-' else s.default} ({s.kind}{bounds})",
-            f"      {s.text}",
-        ]
-    lines += ["Evaluators: " + ", ".join(EVALS), "Presets:"]
-    return "\n".join(
-        lines
-        + [
-            f"  {name}: " + " ".join(f"{k}={v}" for k, v in values.items())
-            for name, values in PRESETS.items()
-        ]
-    )
-
-
-if __name__ == "__main__" and {"--help", "-h"} & set(sys.argv[1:]):
-    sys.exit(print(help_text()))
-
-import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
-from torch import nn
-
-# ---------- files
-# An artifact, checkpoint or progress file: magic with a version (8 bytes), SHA-256 of the rest (32), then, in an artifact in LZMA streams:
-# uint32 length of a JSON header that ends in "tensors": [[name, dtype, shape], ...], the header, those tensors. Reading runs no code.
-MAGIC, EXPANSION, STREAMS = b"PGSLOT\x02\n", 64, 8  # LZMA may grow so many times, or to 32 MiB
-# weights do not repeat: one literal context and a short search do as well as preset 6 in half the time
-LZMA_FILTERS = [
-    dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=0, pb=0, mf=lzma.MF_HC4, depth=1, nice_len=32)
-]
-DTYPES = {
-    str(dtype)[6:]: dtype
-    for dtype in (torch.int8, torch.uint8, torch.int16, torch.half, torch.float, torch.double)
-}
-
-
-def seal(header, tensors, compress=None):
-    """A file, as a list of bytes-likes, of a JSON header and CPU tensors by name."""
-    table = [[name, str(t.dtype)[6:], list(t.shape)] for name, t in tensors.items()]
-    head, digest = json.dumps({**header, "tensors": table}).encode(), hashlib.sha256()
-    parts = [
-        len(head).to_bytes(4, "little"),
-        head,
-        *(t.reshape(-1).view(torch.uint8).numpy() for t in tensors.values()),
-    ]
-    parts = [compress(b"".join(parts))] if compress else parts
-    for part in parts:
-        digest.update(part)
-    return [MAGIC, digest.digest(), *parts]
-
-
-def compress(raw):
-    """LZMA streams of equal parts of raw, made side by side; the same bytes on any number of cores."""
-    size = max(2**20, -(-len(raw) // STREAMS))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return b"".join(
-            pool.map(
-                lambda at: lzma.compress(
-                    raw[at : at + size], lzma.FORMAT_XZ, lzma.CHECK_NONE, None, LZMA_FILTERS
-                ),
-                range(0, len(raw), size),
-            )
         )
+    if c.bigram_vocab_size == 1:
+        yield "BIGRAM_VOCAB_SIZE", "must be 0 or at least 2"
+    if c.vrl_enabled and c.value_residual:
+        yield "VRL_ENABLED", "mixes the same values as VALUE_RESIDUAL=1; choose one"
+    if c.ve_enabled and not c.ve_layers:
+        yield "VE_LAYERS", "name a layer, or set VE_ENABLED=0"
+    for name, layers, on in (
+        ("VE_LAYERS", c.ve_layers, c.ve_enabled),
+        ("RECUR_LAYERS", c.recur_layers, True),
+    ):
+        outside = on and set(layers) - set(range(c.num_layers))
+        if outside or len(set(layers)) < len(layers):
+            yield name, f"must be different layers from 0 to {c.num_layers - 1}"
 
 
-def expand(data):
-    """Raw bytes of LZMA streams. Raises ValueError or LZMAError."""
-    raw, most = bytearray(), max(EXPANSION * len(data), 2**25)
-    for _ in range(STREAMS):
-        decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**27)
-        raw += decoder.decompress(data, most - len(raw))
-        data = decoder.unused_data
-        if not decoder.eof or not data:
-            break
-    refuse(
-        not decoder.eof or data,
-        f"its LZMA is cut off, followed by something, or grows over {EXPANSION} times",
-        ValueError,
-    )
-    return raw
+def evaluation_problems(c: Config) -> Iterator[tuple[str, str]]:
+    """(setting, what is wrong) of SLOT, CTW and the evaluators that are asked for."""
+    if c.slot_enabled and c.slot_loss == "context" and c.eval_stride == c.eval_seq_len:
+        yield "SLOT_LOSS", f"EVAL_STRIDE={c.eval_seq_len}, the window, leaves no context"
+    if c.slot_hyper_lr and not c.slot_enabled:
+        yield "SLOT_HYPER_LR", "needs SLOT_ENABLED=1"
+    if c.slot_enabled and c.ctw_weight and c.evals == ("auto",):
+        yield "CTW_WEIGHT", "no evaluator has SLOT and CTW; set SLOT_ENABLED=0, or EVALS"
+    on = switches_on(c)
+    asked = [EVALUATORS[label] for label in c.evals if label in EVALUATORS]
+    for name in sorted(set().union(*(evaluator.needs() for evaluator in asked)) - on):
+        text = (
+            f"{name.upper()}=0 leaves out {name.partition('_')[0]}; turn it on, or set EVALS=auto"
+        )
+        yield "EVALS", text
 
 
-def unseal(data, expand=memoryview):
-    """(header, tensors by name, views) of a file's bytes. Raises ValueError, or others of what reads them."""
-    refuse(
-        data[:8] != MAGIC or hashlib.sha256(memoryview(data)[40:]).digest() != data[8:40],
-        "wrong checksum",
-        ValueError,
-    )
-    body, tensors = expand(memoryview(data)[40:]), {}
-    at = 4 + int.from_bytes(body[:4], "little")
-    header = json.loads(bytes(body[4:at]))
-    for name, dtype, shape in header["tensors"]:
-        n = math.prod(shape)
-        refuse(name in tensors or n < 1, f"tensor {name} is empty or there twice", ValueError)
-        tensors[name] = torch.frombuffer(body, dtype=DTYPES[dtype], count=n, offset=at).view(shape)
-        at += n * DTYPES[dtype].itemsize
-    refuse(at != len(body), f"{len(body) - at} bytes too many", ValueError)
-    return header, tensors
+def help_page(family: str = "") -> str:
+    """The --help page, or only the settings whose names begin with a family's word."""
+    lines = [] if family else [__doc__ or "", "Settings: NAME=default (kind, lowest to highest)"]
+    for s in SETTINGS.values():
+        if family and s.name.partition("_")[0] != family:
+            continue
+        lines += [f"  {s.name}={shown(s.default)} ({s.allowed()})", f"      {s.text}"]
+    if not family:
+        lines += [f"Families for --help: {', '.join(FAMILIES).lower()}"]
+        lines += [f"Evaluators: {', '.join(EVALUATORS)}", "Presets:"]
+        for name, values in PRESETS.items():
+            lines.append(f"  {name}: " + " ".join(f"{k}={v}" for k, v in values.items()))
+    return "\n".join(lines)
 
 
-def write_file(path, parts):
+def settings_from_arguments(words: Sequence[str]) -> dict[str, str]:
+    """Settings by name of arguments NAME=value. Raises BadInput with all problems, a line each."""
+    given, problems = {}, []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or word.startswith("-"):
+            problems.append(
+                f"{word}: unknown argument; allowed: NAME=value ..., or alone --help [family] or"
+                " --pack [PATH]."
+            )
+        elif name not in SETTINGS:
+            near = nearest_name(name.upper())
+            problems.append(f"{word}: there is no such setting. Nearest name: {near}. Correct it.")
+        given[name] = value
+    if problems:
+        raise BadInput("\n".join(problems))
+    return given
+
+
+def show_help(words: Sequence[str]) -> None:
+    """Print the page that `--help [family]` asks for. Raises BadInput."""
+    family = words[0].upper() if words else ""
+    if len(words) > 1 or family not in {"", *FIRST_WORDS}:
+        raise BadInput(
+            f"--help {' '.join(words)}: no such family; allowed: {', '.join(FAMILIES).lower()}."
+        )
+    try:
+        print(help_page(family), flush=True)
+    except BrokenPipeError:  # --help | head has read enough; nothing is left to write at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ==================================================================================================
+# 3. Command line without torch: help, packing, writing a file
+#
+# What counts against the 16,000,000 bytes is what is shipped: the packed copy of this file, of two
+# lines. Comments and docstrings do not count, so they can be as long as they need to be. The packed
+# copy is the script: it unpacks and executes itself, and packs to itself again.
+# ==================================================================================================
+
+PACKED_START = b"import base64,lzma\nexec(compile(lzma.decompress(base64.b85decode('"
+PACKED_END = b"')),__file__,'exec'))\n"
+# No alignment suits text; the .lzma container has the shortest header.
+PACKING = [dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, lc=3, lp=0, pb=0)]
+
+
+def strip_source(source: str) -> str:
+    """Python source of the same behaviour, without what only a reader needs.
+
+    Without comments, annotations of functions, and docstrings but for the module's, which --help
+    prints. The text depends on the version of Python, as ast.unparse() does.
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return ast.unparse(tree) + "\n"
+
+
+def pack_source(stripped: str) -> bytes:
+    """The packed copy of what strip_source() gives."""
+    packed = lzma.compress(stripped.encode(), lzma.FORMAT_ALONE, filters=PACKING)
+    return PACKED_START + base64.b85encode(packed) + PACKED_END
+
+
+def is_packed(data: bytes) -> bool:
+    """Whether these are the bytes of a packed copy."""
+    return data.startswith(PACKED_START) and data.endswith(PACKED_END)
+
+
+def read_source() -> str:
+    """Readable source of this script; of the packed copy, what it unpacks to."""
+    data = Path(__file__).read_bytes()
+    if not is_packed(data):
+        return data.decode()
+    body = data[len(PACKED_START) : -len(PACKED_END)]
+    return lzma.decompress(base64.b85decode(body)).decode()
+
+
+@functools.cache
+def stripped_script() -> str:
+    """This script, stripped: the same for the same code, however it is commented."""
+    return strip_source(read_source())
+
+
+@functools.cache
+def packed_script() -> bytes:
+    """The packed copy of this script."""
+    return pack_source(stripped_script())
+
+
+def code_bytes() -> int:
+    """Bytes of code that are counted: those of the packed copy, which is what is shipped."""
+    return len(packed_script())
+
+
+def write_file(path: Path, parts: Iterable[bytes | memoryview], remedy: str) -> None:
     """Write a file that is whole or not there, the old one staying until then. Raises Fault."""
     part = path.with_name(path.name + ".part")
     try:
@@ -451,29 +813,328 @@ def write_file(path, parts):
     except OSError as why:
         part.unlink(missing_ok=True)
         raise Fault(
-            f"{path}: {why.strerror}: not written, older files kept; make room, then RUN_ID={path.parent.name} RESUME=1."
+            f"{path}: {why.strerror}: not written, older files kept. Correct that, then {remedy}."
         ) from None
 
 
-# ---------- ranks, log, what a run goes on from
-# Only rank 0 writes. metric() does so to the console, logs/RUN_ID.txt and, unrounded, logs/RUN_ID/metrics.jsonl.
-STOPS = []  # signals that came: (number, time)
+def pack_to(words: Sequence[str]) -> None:
+    """Write the packed copy as `--pack [PATH]` asks. Raises BadInput; nothing else is replaced."""
+    path = Path(words[0] if words else "train_gpt_packed.py")
+    where = f"--pack {' '.join(words)}"
+    if len(words) > 1:
+        raise BadInput(f"{where}: allowed: one PATH.")
+    if path.is_dir():
+        path /= "train_gpt.py"
+    if not path.parent.is_dir():
+        raise BadInput(f"{where}: there is no folder {path.parent}; make it first.")
+    if path.exists() and not is_packed(path.read_bytes()):
+        raise BadInput(f"{where}: {path} exists and is no packed script; choose another PATH.")
+    write_file(path, [packed_script()], "pack again, or to another PATH")
+    print(f"{path}: {code_bytes()} bytes, of {len(read_source().encode())} bytes of source")
 
 
-def on_signal(number, frame):
-    """The first ends the run where it can go on from; another does at once. torchrun passes on what a terminal has sent already."""
-    if STOPS and ("TORCHELASTIC_RUN_ID" not in os.environ or perf_counter() - STOPS[0][1] > 1):
-        os._exit(128 + number)
-    STOPS.append((number, perf_counter()))
+def run_early(words: Sequence[str]) -> None:
+    """Do what needs no torch, --help and --pack, and refuse unknown arguments. Exits if done."""
+    try:
+        if words and words[0] in ("--help", "-h"):
+            show_help(words[1:])
+        elif words and words[0] == "--pack":
+            pack_to(words[1:])
+        else:
+            settings_from_arguments(words)
+            return
+    except (BadInput, Fault) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2 if isinstance(problem, BadInput) else 1)
+    sys.exit(0)
 
 
-def keep_freed_memory(block=2**25, rest=2**31 - 1):
-    """Let glibc reuse freed blocks of so many bytes, as a GPU's allocator does: the system's new ones cost 5 to 20 % of a step."""
+if __name__ == "__main__":
+    run_early(sys.argv[1:])
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+# ==================================================================================================
+# 4. Files
+#
+# Artifacts, checkpoints and progress files (how far an evaluation is, section 14) have one flat
+# format, which is read without running code:
+#
+#   8 bytes    magic with a version
+#   32 bytes   SHA-256 of all that follows
+#   the body   in an artifact as up to 8 LZMA streams:
+#     4 bytes    length of the header, little-endian
+#     header     JSON that ends in "tensors": [[name, dtype, shape], ...]
+#     tensors    in that order, little-endian, with nothing between them
+#
+# A file is whole or not there: write_file(), in section 3 since --pack needs it, writes beside its
+# place, syncs, and renames.
+# ==================================================================================================
+
+MAGIC = b"PGSLOT\x02\n"
+EXPANSION = 64  # a body may expand to so many times its LZMA, and always to 32 MiB
+STREAMS = 8
+# Weights do not repeat: one literal context and a short search do as well as preset 6 in half the
+# time.
+LZMA_FILTERS = [
+    dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=0, pb=0, mf=lzma.MF_HC4, depth=1, nice_len=32)
+]
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.int8, torch.uint8, torch.int16, torch.half, torch.float, torch.double)
+}
+
+
+def seal(
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    encode_body: Callable[[bytes], bytes] | None = None,
+) -> list[Any]:
+    """A file, as a list of bytes-likes, of a JSON header and CPU tensors of DTYPES by name."""
+    table = [
+        [name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()
+    ]
+    head = json.dumps({**header, "tensors": table}).encode()
+    parts: list[Any] = [len(head).to_bytes(4, "little"), head]
+    parts += [t.reshape(-1).view(torch.uint8).numpy() for t in tensors.values()]
+    if encode_body:
+        parts = [encode_body(b"".join(parts))]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return [MAGIC, digest.digest(), *parts]
+
+
+def compress(raw: bytes) -> bytes:
+    """LZMA streams of equal parts of raw, made side by side; the same on any number of cores."""
+    size = max(2**20, math.ceil(len(raw) / STREAMS))
+
+    def stream(at: int) -> bytes:
+        part = raw[at : at + size]
+        return lzma.compress(part, lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=LZMA_FILTERS)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return b"".join(pool.map(stream, range(0, len(raw), size)))
+
+
+def expand(data: bytes | bytearray | memoryview) -> bytearray:
+    """Raw bytes of LZMA streams, capped before they are made. Raises ValueError or LZMAError."""
+    raw, most = bytearray(), max(EXPANSION * len(data), 2**25)
+    for _ in range(STREAMS):
+        decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**27)
+        raw += decoder.decompress(data, most - len(raw))
+        data = decoder.unused_data
+        if not decoder.eof or not data:
+            break
+    if not decoder.eof or data:
+        raise ValueError(
+            f"its LZMA is cut off, followed by something, or grows over {EXPANSION} times"
+        )
+    return raw
+
+
+def unseal(
+    data: bytes | bytearray, decode_body: Callable[[memoryview], Any] = memoryview
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(header, tensors by name, views) of a file. Raises ValueError, or others of its readers."""
+    content = memoryview(data)[40:]
+    if data[:8] != MAGIC or hashlib.sha256(content).digest() != data[8:40]:
+        raise ValueError("wrong checksum")
+    body = decode_body(content)
+    at = 4 + int.from_bytes(body[:4], "little")
+    header = json.loads(bytes(body[4:at]))
+    tensors: dict[str, Tensor] = {}
+    for name, dtype, shape in header["tensors"]:
+        n = math.prod(shape)
+        if name in tensors or n < 1:
+            raise ValueError(f"tensor {name} is empty or there twice")
+        flat = torch.frombuffer(body, dtype=DTYPES[dtype], count=n, offset=at)
+        tensors[name] = flat.view(shape)
+        at += n * DTYPES[dtype].itemsize
+    if at != len(body):
+        raise ValueError(f"{len(body) - at} bytes too many")
+    return header, tensors
+
+
+def copy_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str | Path) -> None:
+    """Copy state into own, both by name. Raises BadInput unless names and shapes fit."""
+    there, here = ({n: list(t.shape) for n, t in x.items()} for x in (state, own))
+    wrong = [
+        f"{n} is {there.get(n, 'missing')}, the settings make it {here.get(n, 'nothing')}"
+        for n in sorted(there.keys() | here)
+        if there.get(n) != here.get(n)
+    ]
+    if wrong:
+        raise BadInput(
+            f"{where}: does not fit: {'; '.join(wrong[:3])}{' ...' if wrong[3:] else ''}. Set"
+            " NUM_LAYERS and others as trained."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+# ==================================================================================================
+# 5. Ranks, log, checkpoint store, stop signals
+#
+# A run is one process a device, started by torchrun, or one process alone. All ranks compute; only
+# rank 0 writes. What ranks must agree on (stop? time up?) is asked with Poll, which on a GPU
+# answers two steps late, so that the host never waits for the device.
+# ==================================================================================================
+
+
+class StopSignals:
+    """Signals that asked this process to stop."""
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.received: list[tuple[int, float]] = []  # (number, time)
+
+    def install(self) -> None:
+        """Receive signals from now on; those that are ignored (nohup's) stay so."""
+        for number in self.NUMBERS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: object) -> None:
+        """The first signal ends the run where it can go on from; a second ends it at once.
+
+        Under torchrun a Ctrl-C arrives twice, from the terminal and from torchrun: what comes
+        within a second of the first is not a second one.
+        """
+        passed_on = "TORCHELASTIC_RUN_ID" in os.environ
+        if self.received and (not passed_on or perf_counter() - self.received[0][1] > 1):
+            os._exit(128 + number)
+        self.received.append((number, perf_counter()))
+
+    def exit_status(self) -> int:
+        """128 + the number of the first; SIGTERM's where only another rank got one."""
+        return 128 + (self.received[0][0] if self.received else signal.SIGTERM)
+
+
+STOP_SIGNALS = StopSignals()
+
+
+def keep_freed_memory(block: int = 2**25, rest: int = 2**31 - 1) -> None:
+    """Let glibc keep freed blocks of up to `block` bytes, `rest` bytes in all, for reuse.
+
+    A GPU's allocator does so. New blocks from the system cost a CPU 5 to 20 % of a step.
+    """
     with contextlib.suppress(AttributeError, OSError):  # another C library
-        for option, value in ((-3, block), (-1, rest)):
+        for option, value in ((-3, block), (-1, rest)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
 
 
+class Ranks:
+    """This process among those that torchrun started, its device, and what they do together."""
+
+    def __init__(self, c: Config) -> None:
+        """Raises BadInput if DEVICE=cuda and there is no GPU."""
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks of this machine
+        self.cuda = c.device != "cpu" and torch.cuda.is_available()
+        if c.device == "cuda" and not self.cuda:
+            raise BadInput("DEVICE=cuda: torch sees no GPU; allowed here: cpu or auto.")
+        self.compile = c.compile == "1" or (c.compile == "auto" and self.cuda)
+        if self.cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            self.dtype = torch.bfloat16
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        else:
+            self.device, self.dtype = torch.device("cpu"), torch.float32
+            keep_freed_memory()
+            if self.local_world > 1:  # torchrun gives each process one thread
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world))
+
+    def connect(self) -> None:
+        """Meet the other ranks."""
+        if self.world == 1 or dist.is_initialized():
+            return
+        # torchrun keeps its store over restarts, with dead ranks' addresses: a prefix for each.
+        restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        prefix = str(restart if self.local_world == self.world else 0)
+        store = dist.PrefixStore(prefix, next(dist.rendezvous("env://"))[0])
+        dist.init_process_group(
+            "nccl" if self.cuda else "gloo", store=store, rank=self.rank, world_size=self.world
+        )
+
+    def synchronize(self) -> None:
+        """Wait for the device, before a clock is read."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def moment(self) -> Any:
+        """Now on the device: a CUDA event, or seconds."""
+        if not self.cuda:
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def put(self, array: np.ndarray) -> Tensor:
+        """Tensor of a numpy array on the device; nobody waits for it."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.cuda else tensor
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; returns the tensor."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share(self, data: bytes | bytearray) -> bytes | bytearray:
+        """Rank 0's bytes, on all ranks."""
+        if self.world == 1:
+            return data
+        length = torch.tensor(len(data) * (self.rank == 0), device=self.device)
+        size = int(self.sum(length).item())
+        whole = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        if self.rank == 0 and size:
+            whole.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(whole, 0)
+        return bytearray(whole.cpu().numpy())
+
+
+class Poll:
+    """What all ranks agree on, asked once a step or batch.
+
+    On a GPU the host runs ahead of the device: an answer that is waited for would stop it. So each
+    question is sent with a copy that is not waited for, and what comes back is the answer to the
+    question of `lag` calls ago, by which time the device has long computed it.
+    """
+
+    def __init__(self, ranks: Ranks, lag: int = 2) -> None:
+        self.ranks = ranks
+        self.lag = lag if ranks.cuda else 0
+        self.sent: deque[tuple[Tensor, Any]] = deque()
+
+    def ask(self, value: float = 0.0, tensor: Tensor | None = None) -> list[float] | None:
+        """[rank 0's value, signals over all ranks, this rank's own tensor], of `lag` calls ago.
+
+        None for the first lag calls. All ranks call it together. `tensor`, of one element, is not
+        summed: it rides along to spare a wait of its own.
+        """
+        own = [value * (self.ranks.rank == 0), len(STOP_SIGNALS.received)]
+        row = self.ranks.sum(self.ranks.put(np.array(own, dtype=np.float64)))
+        if tensor is not None:
+            row = torch.cat((row, tensor.view(1)))
+        self.sent.append((row.to("cpu", non_blocking=True), self.ranks.moment()))
+        if len(self.sent) <= self.lag:
+            return None
+        answer, moment = self.sent.popleft()
+        if self.ranks.cuda:
+            moment.synchronize()
+        return answer.tolist()
+
+
+# How figures are printed, by name. "step" is the quantiser's step size.
 FORMATS = {
     "train_time": "{:.0f}ms",
     "eval_time": "{:.0f}ms",
@@ -483,591 +1144,636 @@ FORMATS = {
 }
 
 
-class Run:
-    """Rank of world ranks, device, compute dtype, folder, log."""
+class RunLog:
+    """logs/RUN_ID.txt and logs/RUN_ID/metrics.jsonl, of rank 0; the lines that other ranks share.
 
-    def __init__(self, c):
-        self.rank, self.world, local, neighbours = (
-            int(os.environ.get(name, default))
-            for name, default in (
-                ("RANK", 0),
-                ("WORLD_SIZE", 1),
-                ("LOCAL_RANK", 0),
-                ("LOCAL_WORLD_SIZE", 1),
+    The text opens with the script's source and all settings, and then holds what the console shows.
+    metrics.jsonl has the same figures unrounded, a JSON object with a "label" each line.
+    """
+
+    def __init__(self, c: Config, ranks: Ranks) -> None:
+        self.ranks, self.resume, self.named = ranks, c.resume, bool(c.run_id)
+        self.name = c.run_id or strftime("%Y%m%d_%H%M%S") + f"_seed{c.seed}"
+        self.folder = Path("logs") / self.name
+        self.settings = {name: getattr(c, name.lower()) for name in SETTINGS}
+        self.settings |= {"RUN_ID": self.name, "device": ranks.device.type}
+        digest = hashlib.sha256(stripped_script().encode())  # a comment changes nothing
+        for path in (c.load_artifact, c.load_checkpoint):
+            digest.update(Path(path).read_bytes() if path else b"")
+        self.settings["sha256_of_code_and_artifact"] = digest.hexdigest()
+        self.rows: dict[str, dict[str, Any]] = {}  # figures by label, also of before a restart
+        self.labels: set[tuple[str, ...]] = set()
+        self.text: typing.TextIO | None = None
+        self.figures: typing.TextIO | None = None
+
+    def start(self) -> None:
+        """Open the logs, or go on with them, and meet the other ranks.
+
+        Raises BadInput unless RUN_ID is new, or RESUME=1 or torchrun --max-restarts was given and
+        all settings are as they were. (On several machines a restart cannot be told from a start.)
+        """
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        if restarts and not self.named:
+            raise BadInput("RUN_ID=: torchrun --max-restarts needs one, to go on with.")
+        shared_store = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"
+        if restarts and shared_store and self.ranks.local_world != self.ranks.world:
+            raise BadInput(
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE: must be 1 for --max-restarts on several"
+                " machines."
             )
-        )
-        self.cuda = c.device != "cpu" and torch.cuda.is_available()
-        refuse(
-            c.device == "cuda" and not self.cuda,
-            "DEVICE=cuda: torch sees no GPU; allowed here: cpu or auto.",
-        )
-        self.device, self.dtype = (
-            (torch.device("cuda", local), torch.bfloat16)
-            if self.cuda
-            else (torch.device("cpu"), torch.float32)
-        )
-        self.compile = c.compile == "1" or c.compile == "auto" and self.cuda
-        self.labels, self.files, self.rows, self.name = (
-            set(),
-            [],
-            {},
-            c.run_id or strftime("%Y%m%d_%H%M%S") + f"_seed{c.seed}",
-        )
-        self.pool, self.saving = (
-            (pool := ThreadPoolExecutor(1)),
-            pool.submit(int),
-        )  # what a thread writes
-        self.settings = {name: getattr(c, name.lower()) for name in NAMES} | {
-            "RUN_ID": self.name,
-            "device": self.device.type,
-        }
-        files, self.folder = (
-            [
-                Path(path).read_bytes()
-                for path in (__file__, c.load_artifact, c.load_checkpoint)
-                if path
-            ],
-            Path("logs") / self.name,
-        )
-        self.settings["sha256_of_code_and_artifact"] = hashlib.sha256(b"".join(files)).hexdigest()
-        self.synchronize = (
-            torch.cuda.synchronize if self.cuda else lambda: None
-        )  # before a clock is read
-        if self.cuda:
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
-        else:
-            keep_freed_memory()
-            if neighbours > 1:
-                torch.set_num_threads(
-                    max(1, (os.cpu_count() or 1) // neighbours)
-                )  # torchrun gives each process one
+        if self.ranks.rank == 0:
+            self.open(bool(self.resume or restarts))
+        self.ranks.connect()
+        self.rows = json.loads(bytes(self.ranks.share(json.dumps(self.rows).encode())))
 
-    def start(self, c):
-        """Open the logs, or go on with them; meet the other ranks. Raises BadInput unless RUN_ID is new, or RESUME=1 and settings as then."""
-        restarts, count = (
-            int(os.environ.get("TORCHELASTIC_" + word, 0))
-            for word in ("MAX_RESTARTS", "RESTART_COUNT")
-        )
-        refuse(
-            restarts and not c.run_id, "RUN_ID=: torchrun --max-restarts needs one, to go on with."
-        )
-        shared, one_node = (
-            os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1",
-            os.environ.get("LOCAL_WORLD_SIZE", "1") == str(self.world),
-        )
-        refuse(
-            restarts and shared and not one_node,
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE: must be 1 for --max-restarts on several machines.",
-        )
-        if self.rank == 0:
-            self.open(c.resume or restarts)
-        if (
-            self.world > 1 and not dist.is_initialized()
-        ):  # torchrun keeps its store, where dead ranks' addresses are
-            store = dist.PrefixStore(str(count * one_node), next(dist.rendezvous("env://"))[0])
-            dist.init_process_group(
-                "nccl" if self.cuda else "gloo", store=store, rank=self.rank, world_size=self.world
+    def open(self, resume: bool) -> None:
+        """Open the two logs; what a kill left as half a line, or half a file, is taken away."""
+        text, figures = Path(f"{self.folder}.txt"), self.folder / "metrics.jsonl"
+        if not resume and (text.exists() or self.folder.exists()):
+            raise BadInput(
+                f"RUN_ID={self.name}: exists in logs/; choose another, or RESUME=1 to go on with"
+                " it."
             )
-        self.rows = json.loads(self.share(json.dumps(self.rows).encode()))
-
-    def open(self, resume):
-        """Open the two logs, the first with source and settings on top. Only whole lines count."""
-        paths = self.folder.with_name(self.name + ".txt"), self.folder / "metrics.jsonl"
-        refuse(
-            not resume and (paths[0].exists() or self.folder.exists()),
-            f"RUN_ID={self.name}: exists in logs/; choose another, or RESUME=1 to go on with it.",
-        )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.files = [open(path, "a", buffering=1) for path in paths]
-            try:
-                fcntl.flock(self.files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as why:  # some file systems have no locks
-                refuse(
-                    isinstance(why, BlockingIOError),
-                    f"RUN_ID={self.name}: is still running; stop it first, or choose another.",
-                )
+            self.text = open(text, "a", buffering=1)  # noqa: SIM115 (open until the process ends)
+            self.figures = open(figures, "a", buffering=1)  # noqa: SIM115
+            self.lock()
             for part in self.folder.glob("*.part"):
                 part.unlink()
-            for path, file in zip(paths, self.files):
+            for path, file in ((text, self.text), (figures, self.figures)):
                 file.truncate(path.read_bytes().rfind(b"\n") + 1)
-            rows = [*map(json.loads, paths[1].read_text().splitlines())]
+            rows = [json.loads(line) for line in figures.read_text().splitlines()]
         except (OSError, ValueError) as why:
             raise BadInput(
-                f"RUN_ID={self.name}: {why}; run where logs/ can be made and are whole, or choose another."
+                f"RUN_ID={self.name}: {why}; run where logs/ can be made and are whole, or choose"
+                " another."
             ) from None
         if rows:
             self.rows = {row["label"]: row for row in rows}
             self.check_settings(rows[0], f"RUN_ID={self.name}")
         else:
-            words = " ".join(f"{name}={shown(self.settings[name])}" for name in NAMES)
-            self.write(0, f"{Path(__file__).read_text()}\n{'=' * 100}\nsettings: {words}")
-            self.write(1, json.dumps({"label": "settings", **self.settings}))
-        where = (
-            torch.cuda.get_device_name() if self.cuda else f"cpu threads:{torch.get_num_threads()}"
-        )
-        self.log(
-            f"log:{paths[0]}\npython:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__} device:{where} "
-            f"dtype:{self.dtype} world_size:{self.world} compile:{int(self.compile)}"
+            self.write_head()
+        self.line(f"log:{text}")
+        self.line(self.machine())
+
+    def lock(self) -> None:
+        """Raises BadInput if another process has this log."""
+        assert self.text
+        try:
+            fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(
+                f"RUN_ID={self.name}: is still running; stop it first, or choose another."
+            ) from None
+        except OSError:
+            pass  # some file systems have no locks
+
+    def write_head(self) -> None:
+        """Source and settings, on top of a new run's logs."""
+        words = " ".join(f"{name}={shown(self.settings[name])}" for name in SETTINGS)
+        self.append(self.text, f"{read_source()}\n{'=' * 100}\nsettings: {words}")
+        self.append(self.figures, json.dumps({"label": "settings", **self.settings}))
+
+    def machine(self) -> str:
+        """Versions and machine, as a line."""
+        ranks = self.ranks
+        device = f"cpu threads:{torch.get_num_threads()}"
+        if ranks.cuda:
+            device = torch.cuda.get_device_name()
+        return (
+            f"python:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__}"
+            f" device:{device} dtype:{ranks.dtype} world_size:{ranks.world}"
+            f" compile:{int(ranks.compile)}"
         )
 
-    def check_settings(self, there, where):
+    def check_settings(self, there: Mapping[str, Any], where: str | Path) -> None:
         """Raises BadInput naming the settings that were others there."""
         wrong = [
             f"{name}={shown(value)} (there {shown(there.get(name))})"
             for name, value in self.settings.items()
             if shown(there.get(name)) != shown(value) and name not in ("RESUME", "SAVE_EVERY")
         ]
-        refuse(
-            wrong,
-            f"{where}: was begun with other settings: {' '.join(wrong)}. Set them as they were, or choose another RUN_ID.",
-        )
+        if wrong:
+            raise BadInput(
+                f"{where}: was begun with other settings: {' '.join(wrong)}. Set them as they were,"
+                " or choose another RUN_ID."
+            )
 
-    def write(self, i, text):
-        """Add a line to log i. Raises Fault."""
-        for file in self.files[i : i + 1]:
-            try:
-                file.write(text + "\n")
-            except OSError as why:
-                self.files = []  # this can still be said on the console
-                raise Fault(
-                    f"{file.name}: the log cannot grow: {why.strerror}; make room, then RUN_ID={self.name} RESUME=1."
-                ) from None
+    def append(self, file: typing.TextIO | None, text: str) -> None:
+        """Add a line to one of the logs, if it is open. Raises Fault."""
+        if not (file and self.text):
+            return
+        try:
+            file.write(text + "\n")
+        except OSError as why:
+            self.text = self.figures = None  # this can still be said on the console
+            raise Fault(
+                f"{file.name}: the log cannot grow: {why.strerror}. Correct that, then"
+                f" {self.remedy()}."
+            ) from None
 
-    def log(self, text):
+    def remedy(self) -> str:
+        """What goes on with this run."""
+        return f"RUN_ID={self.name} RESUME=1"
+
+    def line(self, text: str) -> None:
         """Print and log a line, on rank 0."""
-        if self.rank == 0:
+        if self.ranks.rank == 0:
             with contextlib.suppress(OSError):  # a terminal that has gone
                 print(text, flush=True)
-            self.write(0, text)
+            self.append(self.text, text)
 
-    def metric(self, label, digits=8, **fields):
-        """One labelled line of figures; the same ones twice are an error."""
-        refuse((label, *fields) in self.labels, f"label {label} logged twice", Fault)
-        self.labels.add((label, *fields))
+    def metric(self, label: str, *, digits: int = 8, **fields: Any) -> None:
+        """Log figures under a label, rounded in the text, exact in metrics.jsonl.
+
+        A label may come again with other figures; with the same ones that is a Fault.
+        """
+        key = (label, *fields)
+        if key in self.labels:
+            raise Fault(f"label {label} logged twice")
+        self.labels.add(key)
         words = [label]
-        for key, value in fields.items():
-            style = FORMATS.get(key, f"{{:.{digits}f}}" if isinstance(value, float) else "{}")
-            words.append(
-                f"{key}:"
-                + (("no", "yes")[value] if isinstance(value, bool) else style.format(value))
-            )
-        self.log(" ".join(words))
-        self.write(1, json.dumps({"label": label, **fields}))
+        for name, value in fields.items():
+            style = FORMATS.get(name, f"{{:.{digits}f}}" if isinstance(value, float) else "{}")
+            if isinstance(value, bool):
+                value = "yes" if value else "no"
+            words.append(f"{name}:{style.format(value)}")
+        self.line(" ".join(words))
+        self.append(self.figures, json.dumps({"label": label, **fields}))
         self.rows[label] = fields
 
-    def sum(self, tensor):
-        """Sum over ranks, in place; returns the tensor."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
 
-    def share(self, data):
-        """Rank 0's bytes, on all ranks."""
-        if self.world > 1:
-            size = self.sum(torch.tensor(len(data) * (self.rank == 0), device=self.device)).item()
-            whole = torch.zeros(size, dtype=torch.uint8, device=self.device)
-            if self.rank == 0 and size:
-                whole.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            dist.broadcast(whole, 0)
-            data = bytearray(whole.cpu().numpy())
-        return data
+class CheckpointStore:
+    """Files KIND.NUMBER.ckpt in a run's folder: written by a thread of rank 0, read by all."""
 
-    def put(self, array):
-        """Tensor of a numpy array on the device; nobody waits for it."""
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.cuda else tensor
+    def __init__(self, ranks: Ranks, log: RunLog) -> None:
+        self.ranks, self.log = ranks, log
+        self.folder = log.folder
+        self.writer = ThreadPoolExecutor(1)
+        self.writing: Future = self.writer.submit(int)  # done at once: nothing is being written
 
-    def moment(self):
-        """Now on the device: a CUDA event, or seconds."""
-        event = torch.cuda.Event(enable_timing=True) if self.cuda else perf_counter()
-        self.cuda and event.record()
-        return event
+    def paths(self, kind: str) -> list[Path]:
+        """Files of a kind, oldest first."""
+        return sorted(self.folder.glob(f"{kind}.*.ckpt"))
 
-    def saved(self, kind):
-        "Paths of a kind, oldest first."
-        return sorted(self.folder.glob(kind + ".*.ckpt"))
+    def wait(self) -> None:
+        """Wait for what is being written. Raises the Fault that it ended in."""
+        self.writing.result()
 
-    def save(self, kind, number, tensors):
-        """Write tensors, as they are now, in the background, keeping the file before. Raises Fault if the last time failed."""
-        self.saving.result()
-        if self.rank == 0:
-            for old in self.saved(kind)[:-1]:
-                old.unlink()
-            path, tensors = (
-                self.folder / f"{kind}.{number:09d}.ckpt",
-                {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()},
-            )
-            self.saving = self.pool.submit(
-                lambda: write_file(path, seal({"settings": self.settings}, tensors))
-            )
+    def save(self, kind: str, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors, as they are now, in the background; the file before is kept.
 
-    def restore(self, kind):
-        """Tensors of the newest whole file of a kind, for all ranks; {} if there is none. Raises BadInput."""
-        data, paths = b"", self.saved(kind) if self.rank == 0 else []
+        Raises Fault if the last time failed.
+        """
+        self.wait()
+        if self.ranks.rank:
+            return
+        for old in self.paths(kind)[:-1]:
+            old.unlink()
+        path = self.folder / f"{kind}.{number:09d}.ckpt"
+        now = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+        header = {"settings": self.log.settings}
+        self.writing = self.writer.submit(
+            lambda: write_file(path, seal(header, now), self.log.remedy())
+        )
+
+    def restore(self, kind: str) -> dict[str, Tensor]:
+        """Tensors of the newest whole file of a kind, for all ranks; {} if there is none.
+
+        Raises BadInput if there are checkpoints and none is whole, or of other settings.
+        """
+        data: bytes | bytearray = b""
+        damaged: list[Path] = []
+        paths = self.paths(kind) if self.ranks.rank == 0 else []
         for path in reversed(paths):
             try:
                 data = bytearray(path.read_bytes())
                 there = unseal(data)[0]["settings"]
                 break
             except Exception as why:  # damage makes the readers raise all sorts
-                self.log(f"{path}: damaged: {why}")
+                self.log.line(f"{path}: damaged: {why}")
                 data = b""
-        refuse(
-            paths and not data and kind == "checkpoint",
-            f"RUN_ID={self.name}: no {kind} of it is whole; choose another RUN_ID.",
-        )
+                damaged.append(path)
+        if paths and not data and kind == "checkpoint":
+            raise BadInput(
+                f"RUN_ID={self.log.name}: no {kind} of it is whole; choose another RUN_ID."
+            )
         if data:
-            self.check_settings(there, path)
-            self.log(f"resuming from {path}")
-            [
-                bad.rename(f"{bad}.damaged") for bad in paths if bad > path
-            ]  # or it would be taken for the one to keep
-        data = self.share(data)
+            self.log.check_settings(there, path)
+            self.log.line(f"resuming from {path}")
+        for bad in damaged:  # or save() would take it for the one to keep
+            bad.rename(f"{bad}.damaged")
+        data = self.ranks.share(data)
         return unseal(data)[1] if data else {}
 
-    def stop(self):
-        """End all ranks after a signal."""
-        self.saving.result()
-        self.log(
-            f"stopped by a signal; all that was done is in {self.folder}; RUN_ID={self.name} RESUME=1 goes on"
+
+class Run:
+    """What a run has beside its Config and its model."""
+
+    def __init__(self, c: Config) -> None:
+        """Raises BadInput for a device that is not there. Nothing is written before log.start()."""
+        self.ranks = Ranks(c)
+        self.log = RunLog(c, self.ranks)
+        self.store = CheckpointStore(self.ranks, self.log)
+
+    def stop(self) -> None:
+        """End all ranks after a signal, once what is being written is written."""
+        self.store.wait()
+        self.log.line(
+            f"stopped by a signal; all that was done is in {self.log.folder};"
+            f" {self.log.remedy()} goes on"
         )
-        sys.exit(128 + (STOPS[0][0] if STOPS else signal.SIGTERM))
+        sys.exit(STOP_SIGNALS.exit_status())
 
 
-class Poll:
-    """What all ranks agree on. A GPU is not waited for: there an answer is to the question of lag calls ago."""
+# ==================================================================================================
+# 6. Data
+#
+# A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then uint16 tokens.
+# Headers and sizes are checked at the start; token ids too, or, of a training split over
+# SCAN_LIMIT, as they are read. Training sequence i of a run is a function of (SEED, i) alone, so a
+# run that goes on needs no state of its loader. Bytes of text, by which bpb divides, are counted
+# here only.
+# ==================================================================================================
 
-    def __init__(self, run, lag=2):
-        self.run, self.lag, self.sent = run, lag * run.cuda, deque()
+SHARD_START = [20240520, 1]
+SCAN_LIMIT = 2**29  # bytes of a split up to which all token ids are checked at the start
 
-    def ask(self, value=0.0, tensor=None):
-        """[rank 0's value, signals that came to any rank, tensor], or None for the first lag calls."""
-        row = self.run.sum(
-            self.run.put(np.array([value * (self.run.rank == 0), len(STOPS)], dtype=np.float64))
+
+def open_shard(path: Path, vocab_size: int, scan: bool) -> np.memmap:
+    """Memory map [n] uint16 of a shard; scan: check its ids too. Raises BadInput."""
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[:2].tolist() != SHARD_START:
+        raise BadInput(
+            f"{path}: {size} bytes, starts {header[:2].tolist()}; a shard has 1024 bytes of header"
+            f" and starts with magic and version {SHARD_START}. Make it with data/prepare.py."
         )
-        if tensor is not None:
-            row = torch.cat((row, tensor.view(1)))
-        self.sent.append((row.to("cpu", non_blocking=True), self.run.moment()))
-        if len(self.sent) <= self.lag:
-            return None
-        row, asked = self.sent.popleft()
-        self.run.cuda and asked.synchronize()
-        return row.tolist()
-
-
-# ---------- shards and loader
-# A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then uint16 tokens. All are checked at the start.
-SHARD_START, SCAN_LIMIT = (
-    [20240520, 1],
-    2**29,
-)  # bytes of a split up to which all token ids are checked at the start
-
-
-def open_shard(path, vocab_size, scan):
-    """Memory map [n] uint16 of a shard; scan: check ids too. Raises BadInput."""
-    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
-    refuse(
-        len(header) < 256 or header[:2].tolist() != SHARD_START,
-        f"{path}: {size} bytes, starts {header[:2].tolist()}; a shard has 1024 bytes "
-        f"of header and starts with magic and version {SHARD_START}. Make it with data/prepare.py.",
-    )
     n = int(header[2])
-    refuse(
-        n < 1 or size != 1024 + 2 * n,
-        f"{path}: the header says {n} tokens, the file has {size} bytes; it must be 1024 + 2 a token. Make it again.",
-    )
+    if n < 1 or size != 1024 + 2 * n:
+        raise BadInput(
+            f"{path}: the header says {n} tokens, the file has {size} bytes; it must be 1024 + 2 a"
+            " token. Make it again."
+        )
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(n,))
     if scan:
         check_ids(tokens, path, vocab_size)
     return tokens
 
 
-def check_ids(tokens, where, vocab_size):
+def check_ids(tokens: np.ndarray, where: str | Path, vocab_size: int) -> None:
     """Raises BadInput for an id outside the vocabulary."""
-    for at in np.flatnonzero(tokens >= vocab_size)[:1]:
+    outside = np.flatnonzero(tokens >= vocab_size)
+    if len(outside):
+        at = int(outside[0])
         raise BadInput(
-            f"{where}: token id {int(tokens.ravel()[at])} at position {at}; VOCAB_SIZE={vocab_size} allows 0 to {vocab_size - 1}. "
-            "Use the tokenizer of these shards."
+            f"{where}: token id {int(tokens.ravel()[at])} at position {at};"
+            f" VOCAB_SIZE={vocab_size} allows 0 to {vocab_size - 1}. Use the tokenizer of these"
+            " shards."
         )
 
 
-def open_split(c, split):
-    """A split's shards in order of name, checked."""
+def open_split(c: Config, split: str) -> list[np.memmap]:
+    """A split's shards in order of name, checked. Raises BadInput."""
     paths = sorted(Path(c.data_path).glob(f"fineweb_{split}_*.bin"))
-    refuse(
-        not paths,
-        f"DATA_PATH={c.data_path}: no fineweb_{split}_*.bin there; run make fineweb (or make demo) or set DATA_PATH.",
-    )
+    if not paths:
+        raise BadInput(
+            f"DATA_PATH={c.data_path}: no fineweb_{split}_*.bin there; run make fineweb (or make"
+            " demo) or set DATA_PATH."
+        )
     scan = split == "val" or sum(p.stat().st_size for p in paths) <= SCAN_LIMIT
-    return [open_shard(p, c.vocab_size, scan) for p in paths]
+    return [open_shard(path, c.vocab_size, scan) for path in paths]
 
 
 @functools.lru_cache(maxsize=8)
-def permutation(seed, epoch, part, n):
+def permutation(seed: int, epoch: int, part: int, n: int) -> np.ndarray:
     """Random order [n] of part 0 (shards) or 1 + shard (its sequences)."""
     return np.random.default_rng((seed, epoch, part)).permutation(n)
 
 
+def coprime_stride(n: int) -> int:
+    """The least stride from 0.618 n on that is coprime to n: i * stride % n meets all n places."""
+    stride = int(n * 0.618)
+    while math.gcd(stride, n) != 1:
+        stride += 1
+    return stride
+
+
 class TrainData:
-    """Training sequences; the i-th is a function of (SEED, i). An epoch visits shards and their sequences, cut anew, in a new order. Up to
-    1 %, the end of the longest shard, is held out to compare averages. Raises BadInput."""
+    """Training sequences. An epoch cuts the shards anew and visits all sequences in a new order.
 
-    def __init__(self, c, run):
-        self.c, self.run, self.T, self.shards = c, run, c.train_seq_len, open_split(c, "train")
-        total, long, self.pool = (
-            sum(map(len, self.shards)),
-            int(np.argmax([len(s) for s in self.shards])),
-            ThreadPoolExecutor(1),
-        )
-        keep = max(1, min(total // 100, 262144) // self.T) * self.T + 1
-        self.held_out, self.shards[long] = (
-            np.array(self.shards[long][-keep:]),
-            self.shards[long][:-keep],
-        )
-        self.counts = [
-            max(0, (len(s) - 1) // self.T - 1) for s in self.shards
-        ]  # one less: room for the cut to move
-        refuse(
-            not sum(self.counts) or len(self.held_out) < keep,
-            f"DATA_PATH={c.data_path}: {total} training tokens are too few for TRAIN_SEQ_LEN={self.T}; give {5 * self.T}.",
-        )
+    The end of the longest shard is held out to compare averages: 1 % of all tokens, at most 2**18,
+    at least a sequence.
+    """
 
-    def sequence(self, i):
-        """Tokens [T+1] of sequence i of the run."""
+    def __init__(self, c: Config, ranks: Ranks) -> None:
+        """Raises BadInput for shards that are damaged or too short."""
+        self.c, self.ranks, self.T = c, ranks, c.train_seq_len
+        self.shards: list[Any] = [*open_split(c, "train")]  # memory maps
+        self.thread = ThreadPoolExecutor(1)
+        total = sum(map(len, self.shards))
+        longest = max(range(len(self.shards)), key=lambda k: len(self.shards[k]))
+        keep = max(1, min(total // 100, 2**18) // self.T) * self.T + 1
+        self.held_out = np.array(self.shards[longest][-keep:])
+        self.shards[longest] = self.shards[longest][:-keep]
+        # sequences of each shard; one less than fit, to leave room for the cut to move
+        self.counts = [max(0, (len(shard) - 1) // self.T - 1) for shard in self.shards]
+        if not sum(self.counts) or len(self.held_out) < keep:
+            raise BadInput(
+                f"DATA_PATH={c.data_path}: {total} training tokens are too few for"
+                f" TRAIN_SEQ_LEN={self.T}; give a shard of {5 * self.T} or more."
+            )
+
+    def sequence(self, i: int) -> np.ndarray:
+        """Tokens [T+1] of sequence i of the run. Raises Fault if its shard has shrunk or gone."""
         epoch, i = divmod(i, sum(self.counts))
         for shard in permutation(self.c.seed, epoch, 0, len(self.shards)).tolist():
             if i < self.counts[shard]:
                 break
             i -= self.counts[shard]
-        order, n = (
-            permutation(self.c.seed, epoch, 1 + shard, self.counts[shard]),
-            self.counts[shard],
-        )
-        at = (
-            order[i]
-            if self.c.data_order == "shuffled"
-            else (
-                order[0]
-                + i * next(k for k in itertools.count(int(n * 0.618)) if math.gcd(k, n) == 1)
-            )
-            % n
-        )
-        start, path = int(order[0]) % self.T + int(at) * self.T, self.shards[shard].filename
-        try:  # not the map, through which a file that shrinks kills the process
+        n = self.counts[shard]
+        order = permutation(self.c.seed, epoch, 1 + shard, n)
+        at = order[i]
+        if self.c.data_order == "coprime":
+            at = (order[0] + i * coprime_stride(n)) % n
+        return self.read(shard, int(order[0]) % self.T + int(at) * self.T)
+
+    def read(self, shard: int, start: int) -> np.ndarray:
+        """Tokens [T+1] from a place of a shard. Raises Fault."""
+        path = self.shards[shard].filename
+        try:  # not through the map: a file that shrinks would kill the process
             tokens = np.fromfile(path, "<u2", self.T + 1, offset=1024 + 2 * start)
         except OSError as why:
             raise Fault(f"{path}: {why.strerror}; bring it back, then RESUME=1.") from None
-        refuse(
-            len(tokens) <= self.T,
-            f"{path}: has shrunk since the start; bring it back, then RESUME=1.",
-            Fault,
-        )
+        if len(tokens) <= self.T:
+            raise Fault(f"{path}: has shrunk since the start; bring it back, then RESUME=1.")
         return tokens
 
-    def load(self, step):
-        """This rank's tokens of a step [sequences, T+1]."""
+    def load(self, step: int) -> Tensor:
+        """This rank's tokens [sequences, T+1] int64 of a step. Raises BadInput for a bad id."""
         count = self.c.train_batch_tokens // self.T
-        mine = count // self.run.world
-        first = step * count + self.run.rank * mine
+        mine = count // self.ranks.world
+        first = step * count + self.ranks.rank * mine
         rows = np.stack([self.sequence(i) for i in range(first, first + mine)]).astype(np.int64)
         check_ids(rows, f"DATA_PATH={self.c.data_path}, step {step}", self.c.vocab_size)
-        return torch.from_numpy(rows).pin_memory() if self.run.cuda else torch.from_numpy(rows)
+        tokens = torch.from_numpy(rows)
+        return tokens.pin_memory() if self.ranks.cuda else tokens
 
-    def batches(self, step=0):
-        """Endless (inputs, targets) [sequences, T]; a thread reads ahead."""
-        ahead = self.pool.submit(self.load, step)
+    def batches(self, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless (inputs, targets) [sequences, T] from a step on; a thread reads ahead."""
+        ahead = self.thread.submit(self.load, step)
         while True:
-            rows, step = ahead.result().to(self.run.device, non_blocking=True), step + 1
-            ahead = self.pool.submit(self.load, step)
+            rows = ahead.result().to(self.ranks.device, non_blocking=True)
+            step += 1
+            ahead = self.thread.submit(self.load, step)
             yield rows[:, :-1], rows[:, 1:]
 
 
-# ---------- byte counts, the only place where bytes are counted
 class ByteCounts:
-    """UTF-8 bytes of a target by the challenge's rule: a piece's, its leading space only after no boundary (control, unknown, unused);
-    a byte token 1, a boundary 0. Tables are [V]. Raises BadInput if the model does not fit."""
+    """UTF-8 bytes that a target stands for, by the challenge's rule.
 
-    def __init__(self, path, vocab_size):
-        import sentencepiece
+    A piece counts its bytes; its leading space counts only after a token that is no boundary
+    (control, unknown, unused); a byte token counts 1, a boundary 0. Tables are [V].
+    """
 
-        where, path, sp = (
-            f"TOKENIZER_PATH={path}",
-            Path(path),
-            sentencepiece.SentencePieceProcessor(),
-        )
-        refuse(
-            not path.is_file(),
-            f"{where}: no such file; run make fineweb (or make demo) or set TOKENIZER_PATH.",
-        )
-        refuse(
-            path.name == "fineweb_1024_bpe.model" and path.stat().st_size == 253847,
-            f"{where}: 253,847 bytes is a lookalike that decodes the official shards to garbage; run make fineweb.",
-        )
-        try:
-            sp.Load(str(path))
-        except (RuntimeError, OSError) as why:
-            raise BadInput(
-                f"{where}: not a SentencePiece model ({str(why)[:80]}); give that of the shards."
-            ) from None
-        refuse(
-            sp.vocab_size() != vocab_size,
-            f"{where}: has {sp.vocab_size()} pieces, VOCAB_SIZE={vocab_size}; they must be equal.",
-        )
-        self.boundary, self.space, self.size = (
-            np.zeros(vocab_size, t) for t in (bool, bool, np.uint8)
-        )
+    def __init__(self, path: str, vocab_size: int) -> None:
+        """Raises BadInput if there is no such tokenizer or it is not the shards'."""
+        sp = load_tokenizer(path, vocab_size)
+        self.boundary = np.zeros(vocab_size, bool)
+        self.space = np.zeros(vocab_size, bool)  # begins with a space
+        self.size = np.zeros(vocab_size, np.uint8)  # without that space
         for i in range(vocab_size):
-            piece, self.boundary[i] = (
-                sp.id_to_piece(i).replace("\u2581", " "),
-                sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i),
-            )
+            self.boundary[i] = sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
             if not self.boundary[i]:
+                piece = sp.id_to_piece(i).replace("\u2581", " ")  # SentencePiece's sign for a space
                 self.space[i] = piece.startswith(" ")
                 self.size[i] = 1 if sp.is_byte(i) else len(piece.encode()) - self.space[i]
 
-    def count(self, previous, targets):
+    def count(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Bytes [n] uint8 of targets [n] after previous ids [n]."""
         return self.size[targets] + (self.space[targets] & ~self.boundary[previous])
 
 
-class ValData:
-    """Validation tokens [N+1] on the device, bytes [N] of targets, N a multiple of EVAL_SEQ_LEN as in the challenge. Raises BadInput."""
+def load_tokenizer(path: str, vocab_size: int) -> Any:
+    """A SentencePiece processor of so many pieces. Raises BadInput."""
+    import sentencepiece
 
-    def __init__(self, c, run):
+    where, file = f"TOKENIZER_PATH={path}", Path(path)
+    if not file.is_file():
+        raise BadInput(
+            f"{where}: no such file; run make fineweb (or make demo) or set TOKENIZER_PATH."
+        )
+    if file.name == "fineweb_1024_bpe.model" and file.stat().st_size == 253847:
+        raise BadInput(
+            f"{where}: 253,847 bytes is a lookalike that decodes the official shards to garbage;"
+            " run make fineweb."
+        )
+    sp = sentencepiece.SentencePieceProcessor()
+    try:
+        sp.Load(str(file))
+    except (RuntimeError, OSError) as why:
+        raise BadInput(
+            f"{where}: not a SentencePiece model ({str(why)[:80]}); give that of the shards."
+        ) from None
+    if sp.vocab_size() != vocab_size:
+        raise BadInput(
+            f"{where}: has {sp.vocab_size()} pieces, VOCAB_SIZE={vocab_size}; they must be equal."
+        )
+    return sp
+
+
+class ValData:
+    """The validation stream: tokens [N+1] int64 on the device, bytes [N] of its targets.
+
+    N is a multiple of EVAL_SEQ_LEN, as in the challenge.
+    """
+
+    def __init__(self, c: Config, ranks: Ranks) -> None:
+        """Raises BadInput if the shards or the tokenizer cannot be used."""
         tokens = np.concatenate(open_split(c, "val"))
         self.n = (len(tokens) - 1) // c.eval_seq_len * c.eval_seq_len
-        self.dropped, tokens = len(tokens) - 1 - self.n, tokens[: self.n + 1]
+        self.dropped = len(tokens) - 1 - self.n
+        tokens = tokens[: self.n + 1]
         self.bytes = ByteCounts(c.tokenizer_path, c.vocab_size).count(tokens[:-1], tokens[1:])
         self.total_bytes = int(self.bytes.sum(dtype=np.int64))
-        refuse(
-            not self.total_bytes,
-            f"DATA_PATH={c.data_path}: the validation split, {len(tokens) + self.dropped} tokens, has no text for a "
-            f"window of EVAL_SEQ_LEN={c.eval_seq_len}; use more text or a shorter window.",
-        )
-        self.tokens = torch.from_numpy(tokens.astype(np.int64)).to(run.device)
+        if not self.total_bytes:
+            raise BadInput(
+                f"DATA_PATH={c.data_path}: the validation split, {len(tokens) + self.dropped}"
+                f" tokens, has no text for a window of EVAL_SEQ_LEN={c.eval_seq_len}; use more text"
+                " or a shorter window."
+            )
+        self.tokens = torch.from_numpy(tokens.astype(np.int64)).to(ranks.device)
 
 
-# ---------- model
-# One trunk, hidden(), for every use. Parameters are fp32, cast where used: no optimiser works on bf16 weights.
-# Bank -> a layer's matrices, one of them for all layers, then the next. Muon orthogonalises a bank in one batch, shared out over ranks.
+# ==================================================================================================
+# 7. Model
+#
+# One trunk, GPT.hidden(), for training and every evaluation. Parameters are fp32 and cast where
+# they are used, so no optimiser works on bf16 weights. All matrices of one kind are one bank: Muon
+# orthogonalises a bank in one batch, shared out over the ranks.
+# ==================================================================================================
+
+# Bank -> its matrices: one of the first kind for each layer, then one of the second.
 BANKS = {
     "qo_bank": ("attn.c_q", "attn.proj"),
     "kv_bank": ("attn.c_k", "attn.c_v"),
     "mlp_up_bank": ("mlp.fc",),
     "mlp_down_bank": ("mlp.proj",),
 }
-# name pattern (@: a block), init rule, optimiser group, export format; every tensor, of a bank every matrix, fits one row
-PARAMETERS = [
-    (re.compile(row.split()[0].replace("@", r"blocks\.\d+\.")), *re.split(" {2,}", row)[1:])
-    for row in r"""
-tok_emb\.weight  embedding  embed  int8 ; lm_head\.weight  fill 0  head  int8 ; bigram\.embed\.weight  fill 0  embed  int8
-ve_shared\.embed\.weight  normal 0.01  embed  int8 ; (bigram|ve_shared)\.proj\.weight  orthogonal  scalar  fp16
-bigram\.scale  fill 0.05  scalar  fp32 ; ve_shared\.scale  fill 0.1  scalar  fp32
-ve_layer_scales\.\d+|skip_weights|@(attn|mlp)_scale  fill 1  scalar  fp32 ; smear\.gate|@attn\.attn_gate\.weight  fill 0  scalar  fp32
-@resid_mix  stream  scalar  fp32 ; @attn\.q_gain  q_gain  scalar  fp32 ; @attn\.vrl_gate  fill -1.5  scalar  fp32
-@attn\.vr_lambda  fill 0.5  scalar  fp32 ; @attn\.attn_gate\.bias  fill 4  scalar  fp32
-@(attn\.c_[qkv]|mlp\.fc)\.weight  orthogonal  muon  int6 ; @(attn|mlp)\.proj\.weight  fill 0  muon  int6""".strip()
-    .replace(" ; ", "\n")
-    .split("\n")
-]
+
+
+class ParameterRule(NamedTuple):
+    """What holds for all tensors whose name fits a pattern, in which @ stands for a block."""
+
+    pattern: str
+    init: str  # embedding, normal, orthogonal, stream, q_gain or fill (with `value`)
+    group: str  # of the optimiser: muon, or AdamW's embed, head, scalar
+    export: str  # int6 and int8 are quantised, fp16 and fp32 kept
+    value: float = 0.0
+
+
+# Every tensor, of a bank every matrix, fits exactly one row.
+# fmt: off
+PARAMETER_RULES = (
+    ParameterRule(r"tok_emb\.weight",                     "embedding",  "embed",  "int8"),
+    ParameterRule(r"lm_head\.weight",                     "fill",       "head",   "int8", 0.0),
+    ParameterRule(r"bigram\.embed\.weight",               "fill",       "embed",  "int8", 0.0),
+    ParameterRule(r"bigram\.scale",                       "fill",       "scalar", "fp32", 0.05),
+    ParameterRule(r"ve_shared\.embed\.weight",            "normal",     "embed",  "int8", 0.01),
+    ParameterRule(r"ve_shared\.scale",                    "fill",       "scalar", "fp32", 0.1),
+    ParameterRule(r"(bigram|ve_shared)\.proj\.weight",    "orthogonal", "scalar", "fp16"),
+    ParameterRule(r"ve_layer_scales\.\d+|skip_weights",   "fill",       "scalar", "fp32", 1.0),
+    ParameterRule(r"smear\.gate",                         "fill",       "scalar", "fp32", 0.0),
+    ParameterRule(r"@resid_mix",                          "stream",     "scalar", "fp32"),
+    ParameterRule(r"@(attn|mlp)_scale",                   "fill",       "scalar", "fp32", 1.0),
+    ParameterRule(r"@attn\.q_gain",                       "q_gain",     "scalar", "fp32"),
+    ParameterRule(r"@attn\.vrl_gate",                     "fill",       "scalar", "fp32", -1.5),
+    ParameterRule(r"@attn\.vr_lambda",                    "fill",       "scalar", "fp32", 0.5),
+    ParameterRule(r"@attn\.attn_gate\.weight",            "fill",       "scalar", "fp32", 0.0),
+    ParameterRule(r"@attn\.attn_gate\.bias",              "fill",       "scalar", "fp32", 4.0),
+    ParameterRule(r"@(attn\.c_[qkv]|mlp\.fc)\.weight",    "orthogonal", "muon",   "int6"),
+    ParameterRule(r"@(attn|mlp)\.proj\.weight",           "fill",       "muon",   "int6", 0.0),
+)
+# fmt: on
 
 
 @functools.cache
-def parameter_rule(name):
-    """(init, group, format) of a tensor. Raises Fault unless one row of PARAMETERS fits."""
-    rows = [row[1:] for row in PARAMETERS if row[0].fullmatch(name)]
-    refuse(len(rows) != 1, f"parameter {name} fits {len(rows)} rows of PARAMETERS, not one", Fault)
+def parameter_rule(name: str) -> ParameterRule:
+    """The row of PARAMETER_RULES for a tensor. Raises Fault unless exactly one fits."""
+    rows = [
+        rule
+        for rule in PARAMETER_RULES
+        if re.fullmatch(rule.pattern.replace("@", r"blocks\.\d+\."), name)
+    ]
+    if len(rows) != 1:
+        raise Fault(f"parameter {name} fits {len(rows)} rows of PARAMETER_RULES, not one")
     return rows[0]
 
 
-def matrix_names(name, num_layers):
+def matrix_names(name: str, num_layers: int) -> list[str]:
     """Names of a bank's matrices, in order; of another tensor, its own."""
-    return (
-        [f"blocks.{i}.{part}.weight" for part in BANKS[name] for i in range(num_layers)]
-        if name in BANKS
-        else [name]
-    )
+    if name not in BANKS:
+        return [name]
+    return [f"blocks.{i}.{part}.weight" for part in BANKS[name] for i in range(num_layers)]
 
 
-def split_banks(state, num_layers):
-    """State dict with banks as views of their matrices."""
-    return {
-        n: t
-        for name, whole in state.items()
-        for n, t in zip(matrix_names(name, num_layers), whole if name in BANKS else [whole])
-    }
+def split_banks(state: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """Tensors by name, with banks as views of their matrices."""
+    split: dict[str, Tensor] = {}
+    for name, whole in state.items():
+        parts = whole if name in BANKS else [whole]
+        split |= zip(matrix_names(name, num_layers), parts, strict=True)
+    return split
 
 
-def choose_attention(wanted, device):
-    """(name, causal function of q [B,R,H,d], the last rows, and k, v [B,T,K,d]). Raises BadInput."""
+# Causal attention: q [B,R,H,d], the last R rows of a sequence, and k, v [B,T,K,d] -> [B,R,H,d].
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-    def sdpa(q, k, v):
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        R, T, mask = q.size(2), k.size(2), None
-        if R < T:  # the mask makes torch choose a kernel that does not know fewer key/value heads
-            k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
-            mask = torch.ones(R, T, dtype=torch.bool, device=q.device).tril(T - R)
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=R == T, enable_gqa=q.size(1) != k.size(1)
-        ).transpose(1, 2)
 
-    def flash(q, k, v):
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention by torch's scaled_dot_product_attention."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    rows, length = q.size(2), k.size(2)
+    mask = None
+    if rows < length:  # with a mask torch takes a kernel that does not know fewer key/value heads
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+        mask = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
+    causal, grouped = rows == length, q.size(1) != k.size(1)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+def flash_attention(function: Callable[..., Any]) -> AttentionFunction:
+    """Causal attention by FlashAttention's flash_attn_func.
+
+    Its causal mask is aligned to the last key, so q may be the last R rows only.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = function(q, k, v, causal=True)
         return out[0] if isinstance(out, tuple) else out  # some return the log-sum-exp too
 
+    return attend
+
+
+def choose_attention(wanted: str, device: torch.device) -> tuple[str, AttentionFunction]:
+    """(name, function) of the attention that ATTENTION asks for. Raises BadInput."""
     for name, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute")):
-        if wanted == name or wanted == "auto" and device.type != "cpu":
-            try:
-                refuse(device.type == "cpu", "it needs a GPU", ImportError)
-                function = __import__(module, fromlist=["flash_attn_func"]).flash_attn_func
-                return name, flash
-            except (ImportError, AttributeError) as why:
-                refuse(
-                    wanted == name,
-                    f"ATTENTION={name}: {module}: {why}; allowed here: auto or sdpa.",
-                )
-    return "sdpa", sdpa
+        if wanted not in (name, "auto"):
+            continue
+        try:
+            if device.type == "cpu":
+                raise ImportError("it needs a GPU")
+            return name, flash_attention(importlib.import_module(module).flash_attn_func)
+        except (ImportError, AttributeError) as why:
+            if wanted == name:
+                raise BadInput(
+                    f"ATTENTION={name}: {module}: {why}; allowed here: auto or sdpa."
+                ) from None
+    return "sdpa", sdpa_attention
 
 
-def attention_kernel(name, c, run):
-    """The name, for SDPA with the kernel it takes in training. Raises BadInput if a GPU has none but plain products, many times slower."""
+def attention_kernel(name: str, c: Config, ranks: Ranks) -> str:
+    """The name of the attention, for SDPA with the kernel that torch takes in training.
+
+    Raises BadInput if a GPU has none but plain products, many times slower. The private function is
+    the only one that says which kernel is taken; the public ones can but forbid some.
+    """
     if name != "sdpa":
         return name
     q, k = (
         torch.empty(
-            1,
-            heads,
-            c.train_seq_len,
-            c.model_dim // c.num_heads,
-            dtype=run.dtype,
-            device=run.device,
+            (1, heads, c.train_seq_len, c.model_dim // c.num_heads),
+            dtype=ranks.dtype,
+            device=ranks.device,
             requires_grad=True,
         )
         for heads in (c.num_heads, c.num_kv_heads)
     )
-    kernel = ["math", "flash", "efficient", "cudnn"][
-        torch._fused_sdp_choice(q, k, k, None, 0.0, True, enable_gqa=c.num_heads != c.num_kv_heads)
-    ]
-    refuse(
-        run.cuda and kernel == "math",
-        "ATTENTION=sdpa: torch has no fused kernel for these heads on this GPU; install FlashAttention or change NUM_HEADS.",
-    )
+    grouped = c.num_heads != c.num_kv_heads
+    number = torch._fused_sdp_choice(q, k, k, None, 0.0, True, enable_gqa=grouped)
+    kernels = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
+    kernel = kernels.get(number, f"kernel{number}")
+    if ranks.cuda and kernel == "math":
+        raise BadInput(
+            "ATTENTION=sdpa: torch has no fused kernel for these heads on this GPU; install"
+            " FlashAttention or change NUM_HEADS."
+        )
     return f"{name}_{kernel}"
 
 
-def rms_norm(x):
-    "x over its root mean square, by the last axis."
+def rms_norm(x: Tensor) -> Tensor:
+    """x over its root mean square, by the last axis."""
     return F.rms_norm(x, (x.size(-1),))
 
 
-def last_rows(x, n):
+def last_rows(x: Tensor, n: int) -> Tensor:
     """The last n rows of x [B,T,...]; x itself, without a node in the graph, if those are all."""
     return x if n == x.size(1) else x[:, -n:]
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE of the first 2r dimensions of x [B,T,heads,d]; cos, sin [T,1,r]."""
     r = cos.size(-1)
     a, b = x[..., :r], x[..., r : 2 * r]
@@ -1075,261 +1781,326 @@ def rotate(x, cos, sin):
 
 
 class LowRankEmbedding(nn.Module):
-    """Table [num,dim], linear to out (none if equal), learned scalar."""
+    """Table [num,dim], a linear map to `out` (none if equal) and a learned scalar."""
 
-    def __init__(self, num, dim, out):
+    def __init__(self, num: int, dim: int, out: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(num, dim)
         self.proj = nn.Linear(dim, out, bias=False) if dim != out else None
         self.scale = nn.Parameter(torch.empty(()))
 
-    def forward(self, ids, dtype):
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """[B,T] ids -> [B,T,out]."""
         x = self.embed(ids).to(dtype)
-        return (
-            x if self.proj is None else F.linear(x, self.proj.weight.to(dtype))
-        ) * self.scale.to(dtype)
+        if self.proj is not None:
+            x = F.linear(x, self.proj.weight.to(dtype))
+        return x * self.scale.to(dtype)
+
+
+class Smear(nn.Module):
+    """Mixes each position with the one before: x[t] <- (1-g) x[t] + g x[t-1], x[-1] = 0."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,T,D] -> [B,T,D]."""
+        gate = self.gate.sigmoid().to(x.dtype)
+        return (1 - gate) * x + gate * F.pad(x, (0, 0, 1, -1))
+
+
+class LayerWeights(NamedTuple):
+    """A layer's matrices, out of the banks, in the compute dtype: [out,in]."""
+
+    q: Tensor
+    o: Tensor
+    k: Tensor
+    v: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class Visit(NamedTuple):
+    """What a block is given beside its input, on one visit of a forward."""
+
+    x0: Tensor  # the embedded sequence [B,T,D]
+    rope: tuple[Tensor, Tensor]  # cos and sin [T,1,r]
+    value_extra: Tensor | None  # of the value embedding [B,T,K*d]
+    v_first: Tensor | None  # values of layer 0 [B,T,K*d], None there
+    again: int  # 1 on the second visit of a layer that recurs
+    rows: int  # R: how many of the last rows are asked for
+
+
+class Attention(nn.Module):
+    """Attention's vectors and arithmetic; its matrices are in the banks."""
+
+    def __init__(self, c: Config, index: int, attend: AttentionFunction) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.attend = c.num_heads, c.num_kv_heads, attend
+        self.exclusive = index >= c.num_layers - c.xsa_last_n
+        self.q_gain = nn.Parameter(torch.empty(c.num_heads))
+        self.vrl_gate = nn.Parameter(torch.empty(())) if c.vrl_enabled and index else None
+        self.vr_lambda = nn.Parameter(torch.empty(2)) if c.value_residual else None
+        self.attn_gate = nn.Linear(c.model_dim, c.num_heads) if c.gated_attention else None
+
+    def forward(self, x: Tensor, w: LayerWeights, visit: Visit) -> tuple[Tensor, Tensor]:
+        """([B,R,D] attention of the last R rows of x [B,T,D], [B,T,K*d] values before mixing)."""
+        B, T, _ = x.shape
+        R = visit.rows
+        q = F.linear(last_rows(x, R), w.q).view(B, R, self.heads, -1)
+        k = F.linear(x, w.k).view(B, T, self.kv_heads, -1)
+        raw = F.linear(x, w.v)
+        if visit.value_extra is not None:
+            raw = raw + visit.value_extra
+        v = self.mix_values(raw, visit.v_first).view(B, T, self.kv_heads, -1)
+        cos, sin = visit.rope
+        q = rotate(rms_norm(q), cos[-R:], sin[-R:]) * self.q_gain.to(x.dtype)[:, None]
+        k = rotate(rms_norm(k), cos, sin)
+        y = self.attend(q, k, v)
+        if self.attn_gate is not None:
+            weight, bias = (p.to(x.dtype) for p in self.attn_gate.parameters())
+            y = y * F.linear(last_rows(x, R), weight, bias).sigmoid().unsqueeze(-1)
+        if self.exclusive:
+            y = self.exclude_own(y, last_rows(v, R))
+        return y.reshape(B, R, -1), raw
+
+    def mix_values(self, v: Tensor, v_first: Tensor | None) -> Tensor:
+        """Value residual: values mixed with layer 0's; v_first is None in layer 0 itself."""
+        if v_first is None:
+            v_first = v
+        if self.vr_lambda is not None:
+            first, own = self.vr_lambda.to(v.dtype)
+            return first * v_first + own * v
+        if self.vrl_gate is not None:
+            return v.lerp(v_first, self.vrl_gate.sigmoid().to(v.dtype))
+        return v
+
+    def exclude_own(self, y: Tensor, own: Tensor) -> Tensor:
+        """XSA (#549): y [B,R,H,d] without what points along the row's own value [B,R,K,d]."""
+        y = y.reshape(*own.shape[:3], self.heads // self.kv_heads, -1)
+        own = own.unsqueeze(3)
+        along = (y * own).sum(-1, keepdim=True)
+        return y - along / own.square().sum(-1, keepdim=True).clamp_min(1e-24) * own
 
 
 class Block(nn.Module):
-    """A layer's vectors, for each pass if it recurs, and arithmetic."""
+    """A layer's vectors, a set for each visit if it recurs, and its arithmetic."""
 
-    def __init__(self, c, index):
+    def __init__(self, c: Config, index: int, attend: AttentionFunction) -> None:
         super().__init__()
-        self.attn, D, passes = nn.Module(), c.model_dim, (2,) * (index in c.recur_layers)
-        self.attn.q_gain = nn.Parameter(torch.empty(c.num_heads))
-        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.empty(*passes, D)) for _ in range(2))
-        self.resid_mix = nn.Parameter(torch.empty(*passes, 2, D))
-        self.attn.vrl_gate = nn.Parameter(torch.empty(())) if c.vrl_enabled and index else None
-        self.attn.vr_lambda = nn.Parameter(torch.empty(2)) if c.value_residual else None
-        self.attn.attn_gate = nn.Linear(D, c.num_heads) if c.gated_attention else None
-        self.heads, self.kv_heads = c.num_heads, c.num_kv_heads
-        self.exclusive, self.parallel = (
-            index >= c.num_layers - n for n in (c.xsa_last_n, c.parallel_last_n)
-        )
+        visits = (2,) if index in c.recur_layers else ()
+        self.attn = Attention(c, index, attend)
+        self.attn_scale = nn.Parameter(torch.empty(*visits, c.model_dim))
+        self.mlp_scale = nn.Parameter(torch.empty(*visits, c.model_dim))
+        self.resid_mix = nn.Parameter(torch.empty(*visits, 2, c.model_dim))
+        self.parallel = index >= c.num_layers - c.parallel_last_n
         self.norm_scale = 1 / math.sqrt(index + 1) if c.ln_scale else 1.0
 
-    def forward(self, x, x0, weights, value_extra, v_first, rope, attention, again, R):
-        """([B,R,D], values) of x and embedded x0 [B,T,D], for the last R rows; v_first: layer 0's values; again: 1 on a second pass."""
-        w_q, w_o, w_k, w_v, w_up, w_down = weights
-        mix, attn_scale, mlp_scale = (
-            p.to(x.dtype).view(-1, *p.shape[-n:])[again]
-            for p, n in ((self.resid_mix, 2), (self.attn_scale, 1), (self.mlp_scale, 1))
-        )
-        x = mix[0] * x + mix[1] * x0
-        a, v = self.attend(
-            rms_norm(x) * self.norm_scale, w_q, w_k, w_v, value_extra, v_first, rope, attention, R
-        )
-        before = last_rows(x, R)
-        x = before + attn_scale * F.linear(a, w_o)
-        h = F.leaky_relu(
-            F.linear(rms_norm(before if self.parallel else x) * self.norm_scale, w_up), 0.5
-        ).square()
-        return x + mlp_scale * F.linear(h, w_down), v
+    def forward(self, x: Tensor, w: LayerWeights, visit: Visit) -> tuple[Tensor, Tensor]:
+        """([B,R,D] of x [B,T,D] for the last R rows, [B,T,K*d] values)."""
+        mix = self.of_visit(self.resid_mix, 2, visit.again, x.dtype)
+        attn_scale = self.of_visit(self.attn_scale, 1, visit.again, x.dtype)
+        mlp_scale = self.of_visit(self.mlp_scale, 1, visit.again, x.dtype)
+        x = mix[0] * x + mix[1] * visit.x0
+        a, v = self.attn(rms_norm(x) * self.norm_scale, w, visit)
+        before = last_rows(x, visit.rows)
+        x = before + attn_scale * F.linear(a, w.o)
+        read = before if self.parallel else x
+        h = F.leaky_relu(F.linear(rms_norm(read) * self.norm_scale, w.up), 0.5).square()
+        return x + mlp_scale * F.linear(h, w.down), v
 
-    def values(self, v, v_first):
-        """Value residual: values mixed with layer 0's, None there."""
-        v_first = v if v_first is None else v_first
-        if self.attn.vr_lambda is not None:
-            first, own = self.attn.vr_lambda.to(v.dtype)
-            return first * v_first + own * v
-        return (
-            v
-            if self.attn.vrl_gate is None
-            else v.lerp(v_first, self.attn.vrl_gate.sigmoid().to(v.dtype))
-        )
-
-    def attend(self, x, w_q, w_k, w_v, value_extra, v_first, rope, attention, R):
-        """(attention of the last R rows of x [B,T,D] with QK-norm, partial RoPE and XSA, values [B,T,K*d] before mixing)."""
-        B, T, _ = x.shape
-        q, k = (
-            F.linear(last_rows(x, R), w_q).view(B, R, self.heads, -1),
-            F.linear(x, w_k).view(B, T, self.kv_heads, -1),
-        )
-        raw = F.linear(x, w_v)
-        raw = raw if value_extra is None else raw + value_extra
-        v = self.values(raw, v_first).view(B, T, self.kv_heads, -1)
-        q, k = (
-            rotate(rms_norm(q), *(p[-R:] for p in rope)) * self.attn.q_gain.to(x.dtype)[:, None],
-            rotate(rms_norm(k), *rope),
-        )
-        y = attention(q, k, v)
-        if self.attn.attn_gate is not None:
-            y = y * F.linear(
-                last_rows(x, R), *(p.to(x.dtype) for p in self.attn.attn_gate.parameters())
-            ).sigmoid().unsqueeze(-1)
-        if self.exclusive:  # take out of y what points along the token's own value (#549)
-            y, own = (
-                y.reshape(B, R, self.kv_heads, self.heads // self.kv_heads, -1),
-                last_rows(v, R).unsqueeze(3),
-            )
-            y = (
-                y
-                - (y * own).sum(-1, keepdim=True)
-                / own.square().sum(-1, keepdim=True).clamp_min(1e-24)
-                * own
-            )
-        return y.reshape(B, R, -1), raw
+    @staticmethod
+    def of_visit(p: Tensor, dims: int, again: int, dtype: torch.dtype) -> Tensor:
+        """A vector's values on a visit: its last `dims` axes, of the first or the second set."""
+        return p.to(dtype).view(-1, *p.shape[-dims:])[again]
 
 
 class GPT(nn.Module):
     """The model of #549 and #1084, 26,928,220 parameters by default."""
 
-    def __init__(self, c, dtype=torch.float32, attention=None):
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self,
+        c: Config,
+        dtype: torch.dtype = torch.float32,
+        attend: AttentionFunction = sdpa_attention,
+    ) -> None:
         super().__init__()
-        L, D, kv, wide = (
-            c.num_layers,
-            c.model_dim,
-            c.model_dim // c.num_heads * c.num_kv_heads,
-            int(c.model_dim * c.mlp_mult),
-        )
-        self.c, self.dtype, self.attention = (
-            c,
-            dtype,
-            attention or choose_attention("sdpa", torch.device("cpu"))[1],
-        )
+        L, D = c.num_layers, c.model_dim
+        kv, wide = D // c.num_heads * c.num_kv_heads, int(D * c.mlp_mult)
+        self.c, self.dtype, self.attend = c, dtype, attend
         self.tok_emb = nn.Embedding(c.vocab_size, D)
         self.lm_head = None if c.tie_embeddings else nn.Linear(D, c.vocab_size, bias=False)
-        self.bigram = (
-            LowRankEmbedding(c.bigram_vocab_size, c.bigram_dim, D) if c.bigram_vocab_size else None
-        )
-        self.smear = nn.Module()
-        self.smear.gate = nn.Parameter(torch.empty(D))
+        self.bigram = None
+        if c.bigram_vocab_size:
+            self.bigram = LowRankEmbedding(c.bigram_vocab_size, c.bigram_dim, D)
+        self.smear = Smear(D)
         self.skip_weights = nn.Parameter(torch.empty(L // 2, D)) if L > 1 else None
         self.ve_shared = LowRankEmbedding(c.vocab_size, c.ve_dim, kv) if c.ve_enabled else None
         self.ve_layer_scales = nn.ParameterList(
             nn.Parameter(torch.empty(1)) for _ in c.ve_layers if c.ve_enabled
         )
-        self.blocks, self.recurring = (
-            nn.ModuleList(Block(c, i) for i in range(L)),
-            bool(c.recur_layers) and c.recur_start == 0,
-        )
-        for bank, shape in zip(BANKS, ((2 * L, D, D), (2 * L, kv, D), (L, wide, D), (L, D, wide))):
-            setattr(self, bank, nn.Parameter(torch.empty(shape)))
-        rot, stretch = c.rope_dims or D // c.num_heads, max(1.0, c.train_seq_len / c.rope_train_len)
-        base = c.rope_base * (stretch ** (rot / (rot - 2)) if rot > 2 else 1)
-        positions = torch.arange(
-            max(c.eval_seq_len, min(c.train_seq_len, 2**16 if c.load_artifact else c.train_seq_len))
-        ).double()
-        angles = torch.outer(
-            positions, base ** (-torch.arange(0, rot, 2).double() / rot)
-        ).unsqueeze(1)  # [T,1,rot/2]
-        for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
-            self.register_buffer(name, table.to(dtype), persistent=False)
+        self.blocks = nn.ModuleList(Block(c, i, attend) for i in range(L))
+        self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
+        self.kv_bank = nn.Parameter(torch.empty(2 * L, kv, D))
+        self.mlp_up_bank = nn.Parameter(torch.empty(L, wide, D))
+        self.mlp_down_bank = nn.Parameter(torch.empty(L, D, wide))
+        self.recurring = bool(c.recur_layers) and c.recur_start == 0
+        self.make_rope_tables()
         if not self.cos.is_meta:
             self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self):
-        """Initial values by the rows of PARAMETERS, a function of SEED alone."""
-        g = torch.Generator().manual_seed(self.c.seed)
-        for name, p in split_banks(dict(self.named_parameters()), self.c.num_layers).items():
-            rule, _, number = parameter_rule(name)[0].partition(" ")
-            tied = self.c.tied_embed_init_std if self.c.tie_embeddings else 1.0
-            if rule in ("embedding", "normal"):
-                p.normal_(0, float(number or tied), generator=g)
-            elif rule == "orthogonal":
-                nn.init.orthogonal_(p, generator=g)
-            elif rule == "stream":
-                p.copy_(torch.tensor([1.0, 0.0])[:, None])  # all of x, nothing of x0
-            else:
-                p.fill_(float(number or self.c.qk_gain_init))  # fill, q_gain
+    def make_rope_tables(self) -> None:
+        """cos and sin [T,1,r] for the longest sequence, from fp64 angles."""
+        c = self.c
+        rotated = c.rope_dims or c.model_dim // c.num_heads
+        stretch = max(1.0, c.train_seq_len / c.rope_train_len)
+        base = c.rope_base * (stretch ** (rotated / (rotated - 2)) if rotated > 2 else 1)
+        # an artifact only claims its TRAIN_SEQ_LEN: nothing so long is allocated for it
+        trained = min(c.train_seq_len, 2**16) if c.load_artifact else c.train_seq_len
+        positions = torch.arange(max(c.eval_seq_len, trained)).double()
+        frequencies = base ** (-torch.arange(0, rotated, 2).double() / rotated)
+        angles = torch.outer(positions, frequencies).unsqueeze(1)
+        self.register_buffer("cos", angles.cos().to(self.dtype), persistent=False)
+        self.register_buffer("sin", angles.sin().to(self.dtype), persistent=False)
 
-    def hidden(self, ids, tail=None):
-        """[B,T] ids -> final normalised hidden states [B,T,D], or [B,tail,D] of the last rows, which is less work in the last block."""
-        c, T, L = self.c, ids.size(1), self.c.num_layers
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial values by PARAMETER_RULES, a function of SEED alone."""
+        c = self.c
+        g = torch.Generator().manual_seed(c.seed)
+        for name, p in split_banks(dict(self.named_parameters()), c.num_layers).items():
+            rule = parameter_rule(name)
+            if rule.init == "embedding":
+                p.normal_(0, c.tied_embed_init_std if c.tie_embeddings else 1.0, generator=g)
+            elif rule.init == "normal":
+                p.normal_(0, rule.value, generator=g)
+            elif rule.init == "orthogonal":
+                nn.init.orthogonal_(p, generator=g)
+            elif rule.init == "stream":  # all of x, nothing of x0
+                p.copy_(torch.tensor([1.0, 0.0])[:, None])
+            elif rule.init == "q_gain":
+                p.fill_(c.qk_gain_init)
+            else:
+                p.fill_(rule.value)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[B,T] ids -> [B,T,D], normalised and smeared, with the bigram embedding if there is one.
+
+        Bucket of position t: ((36313 id[t]) XOR (27191 id[t-1])) mod (buckets - 1); of position 0
+        the last one.
+        """
         x = self.tok_emb(ids).to(self.dtype)
         if self.bigram is not None:
-            last = c.bigram_vocab_size - 1  # of the hash buckets of pairs of ids, for position 0
+            last = self.c.bigram_vocab_size - 1
             pairs = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % last
             x = x + self.bigram(F.pad(pairs, (1, 0), value=last), self.dtype)
-        x, gate = rms_norm(x), self.smear.gate.sigmoid().to(self.dtype)
-        x = x0 = (1 - gate) * x + gate * F.pad(x, (0, 0, 1, -1))
+        return self.smear(rms_norm(x))
+
+    def visits(self) -> list[tuple[int, int]]:
+        """(layer, 1 on its second visit): to the last recurrent one, those again, the rest."""
+        order = [(i, 0) for i in range(self.c.num_layers)]
+        if self.recurring:
+            at = max(self.c.recur_layers) + 1
+            order[at:at] = [(i, 1) for i in self.c.recur_layers]
+        return order
+
+    def hidden(self, ids: Tensor, tail: int | None = None) -> Tensor:
+        """[B,T] ids -> final normalised hidden states [B,T,D].
+
+        As in a U-Net the outputs of the first L // 2 layers are added, weighted, to the inputs of
+        the later ones, last first. With tail only the last rows [B,tail,D]: the last block needs
+        the others as keys and values, but not their queries, output and MLP.
+        """
+        c, T, L = self.c, ids.size(1), self.c.num_layers
+        x = x0 = self.embed(ids)
         extra = self.ve_shared(ids, self.dtype) if self.ve_shared is not None else None
-        # indexing would fill a bank with zeros for every matrix in its backward
+        # unbind: the backward of indexing would make a bank of zeros for every matrix
         qo, kv, up, down = (getattr(self, bank).to(self.dtype).unbind() for bank in BANKS)
-        rope, skips, first, order = (
-            (self.cos[:T], self.sin[:T]),
-            [],
-            None,
-            [(i, 0) for i in range(L)],
-        )
-        if self.recurring:  # up to the last recurrent layer, then through those again
-            at = max(c.recur_layers) + 1
-            order[at:at] = [(i, 1) for i in c.recur_layers]
+        rope = self.cos[:T], self.sin[:T]
+        skips: list[Tensor] = []
+        v_first, order = None, self.visits()
         for n, (i, again) in enumerate(order, 1):
-            if i >= L // 2 and skips and not again:
+            if i >= L // 2 and skips and not again and self.skip_weights is not None:
                 x = x + self.skip_weights[i - L // 2].to(self.dtype) * skips.pop()
-            scaled = (
-                extra * self.ve_layer_scales[c.ve_layers.index(i)].to(self.dtype)
-                if c.ve_enabled and i in c.ve_layers
-                else None
-            )
-            weights = qo[i], qo[L + i], kv[i], kv[L + i], up[i], down[i]
-            x, v = self.blocks[i](
-                x,
-                x0,
-                weights,
-                scaled,
-                first,
-                rope,
-                self.attention,
-                again,
-                tail if tail and n == len(order) else T,
-            )
-            first = v if first is None else first
+            value_extra = None
+            if extra is not None and i in c.ve_layers:
+                scale = self.ve_layer_scales[c.ve_layers.index(i)]
+                value_extra = extra * scale.to(self.dtype)
+            w = LayerWeights(qo[i], qo[L + i], kv[i], kv[L + i], up[i], down[i])
+            rows = tail if tail and n == len(order) else T
+            x, v = self.blocks[i](x, w, Visit(x0, rope, value_extra, v_first, again, rows))
+            if v_first is None:
+                v_first = v
             if i < L // 2 and not again:
                 skips.append(x)
         return rms_norm(x)
 
     @torch.no_grad()
-    def start_recurrence(self):
-        """Let recurrent layers run twice, first with equal vectors."""
+    def start_recurrence(self) -> None:
+        """Let recurrent layers run twice; the second visit's vectors begin as the first's."""
         self.recurring = True
         for i in self.c.recur_layers:
             for name in ("resid_mix", "attn_scale", "mlp_scale"):
-                getattr(self.blocks[i], name)[1] = getattr(self.blocks[i], name)[0]
+                p = getattr(self.blocks[i], name)
+                p[1] = p[0]
 
-    def head_weight(self):
-        "Output matrix [V,D], fp32."
+    def head_weight(self) -> Tensor:
+        """Output matrix [V,D], fp32."""
         return self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
 
-    def project(self, h):
+    def project(self, h: Tensor) -> Tensor:
         """Hidden states [...,D] -> logits before the cap [...,V], fp32."""
         return F.linear(h, self.head_weight().to(h.dtype)).float()
 
-    def cap(self, z):
-        """Soft cap on logits; compiled by a sigmoid, which makes a CPU's step 4 % shorter."""
+    def cap(self, z: Tensor) -> Tensor:
+        """cap * tanh(z / cap); compiled as a sigmoid, which makes a CPU's step 4 % shorter."""
+        cap = self.c.logit_softcap
         if torch.compiler.is_compiling():
-            return (
-                2 * self.c.logit_softcap * torch.sigmoid(2 / self.c.logit_softcap * z)
-                - self.c.logit_softcap
-            )
-        return self.c.logit_softcap * torch.tanh(z / self.c.logit_softcap)
+            return 2 * cap * torch.sigmoid(2 / cap * z) - cap
+        return cap * torch.tanh(z / cap)
 
-    def forward(self, ids, targets, reduction="mean"):
+    def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross entropy of targets [B,T] (-100: none) after ids [B,T]."""
+        # the class's hidden(): the instance's may be compiled by itself
         logits = self.cap(self.project(GPT.hidden(self, ids)))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
 
 
-def compile_model(model):
+def compile_model(model: GPT) -> None:
     """Compile what training and all evaluators share; kept in the user's cache for the next run."""
-    if os.access(home := os.path.expanduser("~"), os.W_OK):
+    home = os.path.expanduser("~")
+    if os.access(home, os.W_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{home}/.cache/train_gpt")
-    model.hidden, model.forward = (
-        torch.compile(f, dynamic=False) for f in (model.hidden, model.forward)
-    )
+    for name in ("hidden", "forward"):
+        setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
 
 
-# ---------- optimiser
-# Muon for the banks, AdamW for the rest. A rank gets the gradient of its share of each bank, orthogonalises it and hands it out.
-REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or getattr(
-    dist, "reduce_scatter_tensor", None
-)
-ALL_GATHER = getattr(dist, "all_gather_single", None) or getattr(
-    dist, "all_gather_into_tensor", None
-)
+# ==================================================================================================
+# 8. Optimiser
+#
+# Muon for the banks, AdamW for the rest, without DDP. After the backward each bank's gradient is
+# reduce-scattered: a rank gets the mean gradient of its share of the matrices, orthogonalises it,
+# and gathers everybody's updates, while AdamW steps the small parameters that all ranks hold.
+#
+# A bank of m matrices is cut into W shares of n = ceil(m / W); rank r's begins at matrix r n. The
+# bank is padded with zeros to W n matrices, so that collectives see equal parts; padding has no
+# gradient, stays zero under Newton-Schulz, and is cut off after the gather. With 11 matrices on 8
+# ranks n is 2: rank 5 has one matrix, ranks 6 and 7 have padding only and still take part. Momentum
+# is kept for the share alone, so its memory falls with W; a checkpoint gathers it, so that any
+# number of ranks can go on.
+# ==================================================================================================
+
+# torch 2.13 has the first names, 2.11 the second.
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# Coefficients (a1, a3, a5), a step each; the last repeats. With x = U S V' and gram = x x' a step
+#     x <- a1 x + (a3 gram + a5 gram gram) x
+# is U p(S) V' with p(s) = a1 s + a3 s^3 + a5 s^5: the singular vectors stay, and p, repeated, moves
+# every s in (0, 1] near 1.
 QUINTICS = {
     "quintic": [(3.4445, -4.7750, 2.0315)],
     "polar_express": [
@@ -1339,722 +2110,829 @@ QUINTICS = {
         (3.285754, -2.368129, 0.46449),
         (2.346541, -1.709783, 0.423236),
     ],
-}  # the last one repeats
+}
 
 
-def newton_schulz(g, steps, dtype, kind="quintic"):
-    """g [n,rows,cols] with singular values near 1 (Muon, Jordan et al. 2024; Polar Express, for norms 2 % under 1, Amsel et al. 2025)."""
+def newton_schulz(g: Tensor, steps: int, dtype: torch.dtype, kind: str = "quintic") -> Tensor:
+    """g [n,rows,cols] with its singular values moved near 1, computed in dtype.
+
+    Muon (Jordan et al. 2024), Polar Express (Amsel et al. 2025), whose coefficients
+    want the norm 2 % under 1.
+    """
     tall = g.size(-2) > g.size(-1)
     x = (g.mT if tall else g).to(dtype)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * (1.02 if kind == "polar_express" else 1) + 1e-7)
+    margin = 1.02 if kind == "polar_express" else 1
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * margin + 1e-7)
     for i in range(steps):
-        (a, b, c), gram = QUINTICS[kind][min(i, len(QUINTICS[kind]) - 1)], x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        a1, a3, a5 = QUINTICS[kind][min(i, len(QUINTICS[kind]) - 1)]
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=a3, alpha=a5), x, beta=a1)
     return x.mT if tall else x
 
 
 @contextlib.contextmanager
-def put_back(params):
-    """What is done to params inside is undone at its end."""
+def put_back(params: Iterable[Tensor]) -> Iterator[None]:
+    """What is done to params inside is undone at its end, also if that is an error."""
     params = list(params)
     kept = [p.detach().clone() for p in params]
-    yield
-    with torch.no_grad():
-        for p, old in zip(params, kept):
-            p.copy_(old)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in zip(params, kept, strict=True):
+                p.copy_(old)
 
 
 class Optimizer:
     """The same update on each rank from the gradients of all."""
 
-    def __init__(self, c, run, model):
-        self.c, self.run, groups = c, run, {"muon": [], "embed": [], "head": [], "scalar": []}
+    def __init__(self, c: Config, ranks: Ranks, model: GPT) -> None:
+        self.c, self.ranks = c, ranks
+        groups: dict[str, list[Tensor]] = {"muon": [], "embed": [], "head": [], "scalar": []}
         for name, p in model.named_parameters():
-            groups[parameter_rule(matrix_names(name, c.num_layers)[0])[1]].append(p)
-        self.banks = sorted(
-            groups.pop("muon"), key=lambda p: -p.numel()
-        )  # the largest reduction starts first
+            groups[parameter_rule(matrix_names(name, c.num_layers)[0]).group].append(p)
+        # the largest reduction starts first
+        self.banks = sorted(groups.pop("muon"), key=lambda p: -p.numel())
         rates = {
             "embed": c.tied_embed_lr if c.tie_embeddings else c.embed_lr,
             "head": c.head_lr,
             "scalar": c.scalar_lr,
         }
         self.adam = torch.optim.AdamW(
-            [dict(params=ps, rate=rates[k]) for k, ps in groups.items() if ps],
+            [{"params": ps, "rate": rates[key]} for key, ps in groups.items() if ps],
             betas=(c.beta1, c.beta2),
             eps=c.adam_eps,
             weight_decay=c.adam_wd,
             fused=True,
         )
         self.small = [p for group in self.adam.param_groups for p in group["params"]]
-        self.shares = [
-            -(-len(p) // run.world) for p in self.banks
-        ]  # matrices on a rank; the last ones are padding
-        self.momentum = [
-            torch.zeros(n, *p.shape[1:], device=p.device) for n, p in zip(self.shares, self.banks)
-        ]
-        self.qat_step, self.grid = (
-            0.0,
-            {
-                name: torch.zeros(sum(w.shape), dtype=torch.int8, device=w.device)
-                for name, w in split_banks(dict(model.named_parameters()), c.num_layers).items()
-                if c.late_qat and c.quant != "gptq_lite" and parameter_rule(name)[2] in LEVELS
-            },
-        )
-        self.adam.state.update(
-            {
-                p: {
-                    "step": torch.zeros((), device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
-                for p in self.small
+        for p in self.small:  # made now, so that a checkpoint can be read into it
+            self.adam.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
             }
-        )
+        # matrices of each bank on a rank
+        self.share_sizes = [math.ceil(len(p) / ranks.world) for p in self.banks]
+        self.momentum = [
+            torch.zeros(n, *p.shape[1:], device=p.device)
+            for n, p in zip(self.share_sizes, self.banks, strict=True)
+        ]
 
-    def reduce(self, loss):
-        """This rank's share of the banks' mean gradients; the others and loss become means."""
+    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(those of the banks, those of the small parameters). Raises Fault if one is missing."""
         missing = [tuple(p.shape) for p in self.banks + self.small if p.grad is None]
-        refuse(missing, f"no gradient for parameters of shapes {missing}", Fault)
-        if self.run.world == 1:
-            return [p.grad for p in self.banks]
-        W, pending = self.run.world, []
-        for n, p in zip(self.shares, self.banks):
-            padded = F.pad(p.grad, (0, 0, 0, 0, 0, n * W - len(p))) / W
-            share = torch.empty_like(padded[:n])
-            pending.append((share, REDUCE_SCATTER(share, padded, async_op=True), padded))
-        means = [p.grad for p in self.small] + [loss]
-        flat = self.run.sum(torch.cat([t.reshape(-1) for t in means]) / W)  # in one message
-        torch._foreach_copy_(
-            means,
-            [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in means]), means)],
+        if missing:
+            raise Fault(f"no gradient for parameters of shapes {missing}")
+        banks, small = (
+            [p.grad for p in params if p.grad is not None] for params in (self.banks, self.small)
         )
+        return banks, small
+
+    def reduce(self, loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """(this rank's shares of the banks' mean gradients, the small parameters' mean gradients).
+
+        loss becomes its mean over ranks.
+        """
+        banks, small = self.gradients()
+        W = self.ranks.world
+        if W == 1:
+            return banks, small
+        pending = []
+        for n, g in zip(self.share_sizes, banks, strict=True):
+            padded = F.pad(g, (0, 0, 0, 0, 0, n * W - len(g))) / W
+            share = torch.empty_like(padded[:n])
+            # padded is kept until the work that reads it is done
+            pending.append((share, REDUCE_SCATTER(share, padded, async_op=True), padded))
+        means = [*small, loss]
+        flat = self.ranks.sum(torch.cat([t.reshape(-1) for t in means]) / W)  # in one message
+        parts = flat.split([t.numel() for t in means])
+        torch._foreach_copy_(means, [part.view_as(t) for part, t in zip(parts, means, strict=True)])
         for _, work, _ in pending:
             work.wait()
-        return [share for share, _, _ in pending]
+        return [share for share, _, _ in pending], small
 
-    def gather(self, share):
+    def gather(self, share: Tensor) -> tuple[Any, Tensor]:
         """(pending work or None, bank) of all ranks' shares; the bank is padded."""
-        if self.run.world == 1:
+        if self.ranks.world == 1:
             return None, share
-        whole = share.new_empty(len(share) * self.run.world, *share.shape[1:])
+        whole = share.new_empty(len(share) * self.ranks.world, *share.shape[1:])
         return ALL_GATHER(whole, share.contiguous(), async_op=True), whole
 
-    @torch.no_grad()
-    def step(self, loss, scale, momentum):
-        """Norm of the reduced gradient, after an update with rates times scale."""
-        c, shares, pending, small = self.c, self.reduce(loss), [], [p.grad for p in self.small]
-        # fp64: the number of ranks must not show in fp32
+    def clip(self, shares: list[Tensor], small: list[Tensor]) -> Tensor:
+        """Scale the whole gradient down to GRAD_CLIP_NORM if it is longer; its norm before that.
+
+        Squares are summed in fp64: in fp32 the order of summation, so the number of ranks, would
+        show in every update.
+        """
         squares = [
-            torch.stack(torch._foreach_norm(g, 2, torch.float64)).square().sum()
-            for g in (shares, small)
+            torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()
+            for gradients in (shares, small)
         ]
-        norm = (self.run.sum(squares[0]) + squares[1]).sqrt().float()
-        if c.grad_clip_norm:
-            torch._foreach_mul_(small + shares, (c.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        for g, buffer in zip(shares, self.momentum):
-            buffer.mul_(momentum).add_(g)
-            g.add_(buffer, alpha=momentum)
-            if c.muon_row_norm:
-                g /= g.norm(dim=-1, keepdim=True) + 1e-7
-            pending.append(
-                self.gather(
-                    newton_schulz(
-                        g,
-                        c.muon_backend_steps,
-                        torch.bfloat16 if self.run.cuda else torch.float32,
-                        c.newton_schulz,
-                    )
-                )
-            )
-        for group in self.adam.param_groups:
-            group["lr"] = group["rate"] * scale
-        self.adam.step()  # while the gathers run
-        for p, (work, update) in zip(self.banks, pending):
-            work and work.wait()
-            rate = scale * c.matrix_lr
-            p.mul_(1 - rate * c.muon_wd).add_(
-                update[: len(p)], alpha=-rate * math.sqrt(max(1, p.size(1) / p.size(2)))
-            )
+        norm = (self.ranks.sum(squares[0]) + squares[1]).sqrt().float()
+        if self.c.grad_clip_norm:
+            factor = (self.c.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(small + shares, factor)
         return norm
 
-
-# ---------- averages
-# Candidates for the export; with AVERAGE=auto the lowest loss on held-out training text, quantised, decides.
-class Averages:
-    """EMA, SWA and LAWA's snapshots of params, fp32, as lists in their order."""
-
-    def __init__(self, c, params):
-        self.c, self.params, self.steps, self.snapshots = c, list(params), 0, 0
-        kinds = (
-            ["ema"] * c.ema_enabled
-            + ["swa"] * c.swa_enabled
-            + [f"lawa{k}" for k in range(c.lawa_k * c.lawa_enabled)]
-        )
-        self.kept = {kind: [p.detach().clone() for p in self.params] for kind in kinds}
+    def muon_update(self, g: Tensor, buffer: Tensor, momentum: float) -> Tensor:
+        """Muon's update of a share from its gradient, overwritten, and its momentum, advanced."""
+        buffer.mul_(momentum).add_(g)
+        g.add_(buffer, alpha=momentum)
+        if self.c.muon_row_norm:
+            g /= g.norm(dim=-1, keepdim=True) + 1e-7
+        c = self.c
+        return newton_schulz(g, c.muon_backend_steps, self.ranks.dtype, c.newton_schulz)
 
     @torch.no_grad()
-    def update(self, scale):
-        """Take in the weights after a step at this rate scale."""
-        self.steps += 1
-        n, c = self.steps, self.c
-        if c.ema_enabled:
-            torch._foreach_lerp_(
-                self.kept["ema"], self.params, 1 - min(c.ema_decay, (1 + n) / (10 + n))
-            )
-        if c.swa_enabled and scale < 0.2 and n % c.swa_every == 0:
-            self.snapshots += 1
-            torch._foreach_lerp_(self.kept["swa"], self.params, 1 / self.snapshots)
-        if c.lawa_enabled and n % c.lawa_freq == 0:
-            torch._foreach_copy_(self.kept[f"lawa{(n // c.lawa_freq - 1) % c.lawa_k}"], self.params)
+    def step(self, loss: Tensor, lr_factor: float, momentum: float) -> Tensor:
+        """Update the parameters at all rates times lr_factor; the norm before clipping."""
+        c = self.c
+        shares, small = self.reduce(loss)
+        norm = self.clip(shares, small)
+        pending = [
+            self.gather(self.muon_update(g, buffer, momentum))
+            for g, buffer in zip(shares, self.momentum, strict=True)
+        ]
+        for group in self.adam.param_groups:
+            group["lr"] = group["rate"] * lr_factor
+        self.adam.step()  # while the gathers run
+        for p, (work, update) in zip(self.banks, pending, strict=True):
+            if work:
+                work.wait()
+            rate = lr_factor * c.matrix_lr
+            p.mul_(1 - rate * c.muon_wd)
+            # tall matrices, whose singular values are as many as their columns, move further
+            p.add_(update[: len(p)], alpha=-rate * math.sqrt(max(1, p.size(1) / p.size(2))))
+        return norm
 
-    def candidates(self):
-        """Weights by name, those that AVERAGE allows; the last ones where there is no average yet."""
-        found, taken = (
-            {"none": [p.detach().clone() for p in self.params]},
-            self.steps // self.c.lawa_freq,
-        )
-        found |= {"ema": self.kept.get("ema")} | (
-            {"swa": self.kept["swa"]} if self.snapshots else {}
-        )
-        lawa = [weights for kind, weights in self.kept.items() if kind[:4] == "lawa"][:taken]
-        found["lawa"] = [sum(copies) / len(copies) for copies in zip(*lawa)]
-        found = {name: weights for name, weights in found.items() if weights}
-        return (
-            found
-            if self.c.average == "auto"
-            else {
-                name: found[name]
-                for name in [self.c.average if self.c.average in found else "none"]
-            }
-        )
+    def state(self, names: Mapping[Any, str]) -> dict[str, Tensor]:
+        """Live tensors by name: AdamW's, and Muon's momentum, gathered."""
+        found: dict[str, Tensor] = {}
+        whole = [self.gather(share) for share in self.momentum]
+        for p, (work, bank) in zip(self.banks, whole, strict=True):
+            if work:
+                work.wait()
+            found[f"momentum.{names[p]}"] = bank[: len(p)]
+        for p in self.small:
+            found |= {f"{key}.{names[p]}": t for key, t in self.adam.state[p].items()}
+        return found
 
-    @torch.no_grad()
-    def choose(self, run, model, data, grid):
-        """Put the best candidate into the model; log all. What the export needs to know: the grid (QAT's, or new), GPTQ's Hessians."""
-        c, losses, step, hessians = self.c, {}, None, {}
-        if c.quant == "gptq" or c.quant == "rd" and not grid:
-            new, hessians = calibrate(c, run, model, data)
-        grid = None if c.quant == "gptq_lite" else grid or new
-        tokens, found = (
-            torch.from_numpy(data.held_out.astype(np.int64)).to(run.device),
-            self.candidates(),
-        )
-        batches = list(
-            zip(
-                *(
-                    t.view(-1, data.T).split(8)[run.rank :: run.world]
-                    for t in (tokens[:-1], tokens[1:])
-                )
-            )
-        )
-        for name, weights in found.items():
-            torch._foreach_copy_(self.params, weights)
-            quantizer = Quantizer(c, model.state_dict(), grid)
-            step = step or quantizer.search(c.artifact_bytes - Path(__file__).stat().st_size)
-            load_state(model, quantizer.rounded(step), "average")
-            total = torch.zeros((), device=run.device, dtype=torch.float64)
-            for ids, goal in batches:
-                total += GPT.forward(model, ids, goal, "sum")  # no compiling on the clock
-            losses[name] = run.sum(total).item() / (len(tokens) - 1)
-            run.metric(f"average_{name}", heldout_train_loss=losses[name], tokens=len(tokens) - 1)
-        best = min(losses, key=losses.get)
-        torch._foreach_copy_(self.params, found[best])
-        run.log(f"average: exporting {best} swa_snapshots:{self.snapshots}")
-        return grid, hessians
+    def take_momentum(self, state: Mapping[str, Tensor], names: Mapping[Any, str]) -> None:
+        """Take this rank's share of the gathered momentum of state()."""
+        for n, p, share in zip(self.share_sizes, self.banks, self.momentum, strict=True):
+            mine = state[f"momentum.{names[p]}"][self.ranks.rank * n :][:n]
+            share[: len(mine)] = mine
 
 
-# ---------- schedules and clock
-def lr_scale(c, step, elapsed_ms, step_ms):
-    """Factor on rates: 1, then linearly to 0, but not under MIN_LR, over WARMDOWN_ITERS before the nearer end, of steps or time."""
-    scale = min(1.0, (c.iterations - step) / max(c.warmdown_iters, 1))
+# ==================================================================================================
+# 9. Schedules
+#
+# What depends on the step or on the time that is left.
+# ==================================================================================================
+
+
+def lr_factor(c: Config, step: int, elapsed_ms: float, step_ms: float) -> float:
+    """Factor on rates: 1, then linearly to 0, but not under MIN_LR.
+
+    It falls over WARMDOWN_ITERS before the nearer end: of steps, or of time, in which a step takes
+    step_ms (0: not known yet).
+    """
+    factor = min(1.0, (c.iterations - step) / max(c.warmdown_iters, 1))
     if c.max_wallclock_seconds and step_ms and c.warmdown_iters:
-        scale = min(
-            scale,
-            max(0.0, 1000 * c.max_wallclock_seconds - elapsed_ms) / (c.warmdown_iters * step_ms),
-        )
-    return max(scale, c.min_lr)
+        left_ms = max(0.0, 1000 * c.max_wallclock_seconds - elapsed_ms)
+        factor = min(factor, left_ms / (c.warmdown_iters * step_ms))
+    return max(factor, c.min_lr)
 
 
-def muon_momentum(c, step):
-    """Muon's momentum, linear from its start."""
-    return c.muon_momentum + (c.muon_momentum_warmup_start - c.muon_momentum) * max(
-        0.0, 1 - step / max(c.muon_momentum_warmup_steps, 1)
-    )
+def muon_momentum(c: Config, step: int) -> float:
+    """Muon's momentum: linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM, where it stays."""
+    left = max(0.0, 1 - step / max(c.muon_momentum_warmup_steps, 1))
+    return c.muon_momentum + (c.muon_momentum_warmup_start - c.muon_momentum) * left
 
 
-def cosine(high, low, i, n):
+def cosine(high: float, low: float, i: int, n: int) -> float:
     """Rate i of n, by a cosine from high to low, which the last one is."""
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * i / max(n - 1, 1)))
 
 
 class Clock:
-    """Training time, on all ranks rank 0's. A GPU gets to a step when the host is lag steps further, and answers as late again."""
+    """Training time, on all ranks rank 0's.
 
-    def __init__(self, run, cap_ms, step=0, ms=0.0):
-        run.synchronize()
-        self.run, self.cap_ms, self.began, self.base, self.poll = (
-            run,
-            cap_ms,
-            perf_counter() - ms / 1000,
-            (step, ms),
-            Poll(run),
-        )
+    On a GPU the host is `lag` steps ahead of the device, and Poll answers `lag` calls late: what is
+    known at step s is the device's time at step s - 2 lag, and is carried on from there at the
+    measured time of a step.
+    """
+
+    def __init__(self, ranks: Ranks, cap_ms: float, step: int = 0, ms: float = 0.0) -> None:
+        ranks.synchronize()
+        self.ranks, self.cap_ms, self.poll = ranks, cap_ms, Poll(ranks)
+        self.base = (step, ms)
+        self.began = perf_counter() - ms / 1000
         self.step_ms = ms / max(step, 1)
 
-    def now(self):
-        """This rank's training time in ms."""
-        self.run.synchronize()
+    def now(self) -> float:
+        """This rank's training time in ms, once the device is done."""
+        self.ranks.synchronize()
         return 1000 * (perf_counter() - self.began)
 
-    def agreed(self, step, first_bad):
-        """(training time in ms before this step, whether to stop, whether the first bad step is over)."""
+    def agreed(self, step: int, first_bad: Tensor) -> tuple[float, bool, bool]:
+        """(training time in ms before this step, whether to stop, whether a bad loss is known)."""
         answer = self.poll.ask(1000 * (perf_counter() - self.began), first_bad)
-        (ms, stops, bad), at = (
-            answer or (self.base[1], 0, math.inf),
-            step - 2 * self.poll.lag if answer else self.base[0],
-        )
-        self.step_ms = ms / at if at > 0 else self.step_ms
+        at, ms = self.base
+        stops, bad = 0.0, math.inf
+        if answer:
+            ms, stops, bad = answer
+            at = step - 2 * self.poll.lag
+        if at > 0:
+            self.step_ms = ms / at
         return ms + (step - at) * self.step_ms, stops > 0, bad <= step
 
+    def leave_out(self, since_ms: float) -> None:
+        """Take what was done since now() gave since_ms out of the training time."""
+        self.began += (self.now() - since_ms) / 1000
 
-# ---------- calibration
-# What an error in a weight costs, by training text: the validation split is never asked (C3). Its time is training time.
+
+# ==================================================================================================
+# 10. Quantisation
+#
+# A weight becomes an integer level times its row's step times its column's step. Steps follow what
+# an error costs, measured on training text, and one factor over all of them is searched so that the
+# artifact just fits the bytes there are. Levels are coded close to their entropy.
+#
+# The artifact's header has "model", its settings, "step", and "matrices", [[name, [rows, columns]],
+# ...]. Its tensors, matrices one after the other:
+#   rows      of a matrix, fp16 steps (GPTQ-lite), or int8 quarters of octaves over "step"
+#   columns   of a matrix, int8 quarters of octaves
+#   levels    int8, with CODER=lzma; or, with CODER=rans:
+#   codes     a rANS stream of them, uint8
+#   spreads   int8 of rows and of columns: their sum, offset and clamped by distributions(), says
+#             which row of `table` a level is coded with
+#   table     int16 [64,1023]: frequencies of levels -511 to 511, in 16384ths
+# and then every tensor that is not quantised, by its name.
+# ==================================================================================================
+
+LEVELS = {"int6": 31, "int8": 127, "int10": 511}  # largest level of a kind
+PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+DISTRIBUTIONS = 64
+SYMBOLS = 1023  # levels -511 to 511
+BITS = 14  # of a frequency: those of a distribution add up to 2**BITS
+MODEL_SETTINGS = [s.name for s in SETTINGS.values() if s.in_artifact]
+
+
+class Calibration(NamedTuple):
+    """What errors cost, by name of a quantised matrix."""
+
+    grid: dict[str, Tensor]  # int8 [rows + columns]: quarters of octaves of the steps to take
+    hessians: dict[str, Tensor]  # [columns,columns], for QUANT=gptq
+
+
 @torch.enable_grad()
-def calibrate(c, run, model, data):
-    """({name: exponents int8 [rows + columns] of the steps that cost least, in quarters of octaves}, {name: Hessian [columns, columns], for
-    GPTQ}) of matrices. The Hessian is the Fisher information, estimated by sequences' gradients g: the mean of g'g, by rows of gg'."""
-    n, full, L = (
-        max(run.world, c.calibration_tokens // c.train_seq_len),
-        c.quant == "gptq",
-        c.num_layers,
-    )
-    rows = torch.from_numpy(np.stack([*map(data.sequence, range(n))]).astype(np.int64))
-    params = dict(model.named_parameters())
-    sums = {
-        name: (w.new_zeros(len(w)), w.new_zeros(w.size(1), *[w.size(1)] * full))
-        for name, w in split_banks(params, L).items()
-        if parameter_rule(name)[2] in LEVELS
-    }
-    for row in rows[run.rank :: run.world].to(run.device):
+def calibrate(c: Config, ranks: Ranks, model: GPT, data: TrainData) -> Calibration:
+    """Measure on training text what errors in weights cost; validation text is not asked (C3).
+
+    The cost of a weight's error is its empirical Fisher information: its squared gradient, summed
+    over sequences. Kept are the means over each row and each column. A Hessian is the sum over
+    sequences of g'g / rows, g a matrix's gradient; its diagonal is the columns' cost.
+    """
+    n = max(ranks.world, c.calibration_tokens // c.train_seq_len)
+    sequences = np.stack([data.sequence(i) for i in range(n)]).astype(np.int64)
+    mine = torch.from_numpy(sequences)[ranks.rank :: ranks.world].to(ranks.device)
+    params, full = dict(model.named_parameters()), c.quant == "gptq"
+    by_row: dict[str, Tensor] = {}
+    by_column: dict[str, Tensor] = {}
+    for name, w in split_banks(params, c.num_layers).items():
+        if parameter_rule(name).export in LEVELS:
+            width = w.size(1)
+            by_row[name] = w.new_zeros(len(w))
+            by_column[name] = w.new_zeros((width, width) if full else width)
+    for row in mine:
         loss = GPT.forward(model, row[None, :-1], row[None, 1:], "sum")
-        grads = split_banks(dict(zip(params, torch.autograd.grad(loss, params.values()))), L)
-        for name, (by_row, by_column) in sums.items():
-            by_row += (g := grads[name]).square().mean(1)
-            by_column += g.mT @ g / len(g) if full else g.square().mean(0)
-    for total in itertools.chain(*sums.values()):
-        run.sum(total)
-    most, grid = max(by_row.mean().item() for by_row, _ in sums.values()) + 1e-30, {}
-    for name, (
-        by_row,
-        by_column,
-    ) in sums.items():  # a tenth of the mean for what the text did not ask for
-        mean = by_row.mean() + 1e-6 * most
-        exponents = (
-            ((by_row + 0.1 * mean) / most).log2(),
-            (((by_column.diagonal() if full else by_column) + 0.1 * mean) / mean).log2(),
-        )
-        grid[name] = (-2 * torch.cat(exponents)).round().clamp(-127, 127).to(torch.int8)
-    return grid, {name: h for name, (_, h) in sums.items() if full}
+        gradients = torch.autograd.grad(loss, list(params.values()))
+        split = split_banks(dict(zip(params, gradients, strict=True)), c.num_layers)
+        for name in by_row:
+            g = split[name]
+            by_row[name] += g.square().mean(1)
+            by_column[name] += g.mT @ g / len(g) if full else g.square().mean(0)
+    for name in by_row:
+        ranks.sum(by_row[name])
+        ranks.sum(by_column[name])
+    costs = {name: cost.diagonal() if full else cost for name, cost in by_column.items()}
+    return Calibration(step_exponents(by_row, costs), by_column if full else {})
 
 
-# ---------- artifact
-# The header has "model", its settings, and "matrices", [[name, [rows, columns]], ...]. A weight is level * row's step * column's step: "rows" are
-# fp16 steps or int8 quarters of octaves over the header's "step", "columns" int8 quarters. "levels" are int8; or "codes" is a rANS stream of
-# them, a level's distribution the row of "table" (16384ths) that "spreads" of row and column add up to. Then plain tensors.
-LEVELS, PERCENTILES = {"int6": 31, "int8": 127, "int10": 511}, (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-CLASSES, SYMBOLS, BITS = (
-    64,
-    1023,
-    14,
-)  # distributions, of so many levels from -511, and the bits of a frequency
+def step_exponents(
+    by_row: Mapping[str, Tensor], by_column: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """{name: int8 [rows + columns]}: quarters of octaves of cost^(-1/2), which are -2 log2(cost).
+
+    Rows are relative to the dearest matrix's mean, columns to their own matrix's, so that together
+    they stand for row * column / mean. A tenth of the mean is added: a row that the text did not
+    touch gets a step too.
+    """
+    most = max(cost.mean().item() for cost in by_row.values()) + 1e-30
+    grid = {}
+    for name, cost in by_row.items():
+        mean = cost.mean() + 1e-6 * most
+        rows = ((cost + 0.1 * mean) / most).log2()
+        columns = ((by_column[name] + 0.1 * mean) / mean).log2()
+        exponents = (-2 * torch.cat((rows, columns))).round().clamp(-127, 127)
+        grid[name] = exponents.to(torch.int8)
+    return grid
 
 
-def level_kind(c, name, lite):
-    """The kind that a tensor is quantised to: PARAMETERS' by GPTQ-lite; else more levels, which an entropy coder makes cheap."""
-    kind = parameter_rule(name)[2]
-    return kind if lite or kind not in LEVELS else "int10" if c.coder == "rans" else "int8"
+def row_scales(w: Tensor, largest: int) -> Tensor:
+    """Scales [...,rows,1], fp16 values in fp32, of w [...,rows,columns], by GPTQ-lite (#549).
 
-
-def row_scales(w, levels):
-    """Scales [...,rows,1], fp16 values in fp32, of w by GPTQ-lite (#549): of five percentiles of |w| in a row the clip of least error."""
+    Of five clips, percentiles of |w| in a row, the one of least square error.
+    """
     last = w.size(-1) - 1
-    top = (
-        w.abs().topk(min(last + 1, int((1 - PERCENTILES[0]) * last) + 2)).values
-    )  # all that these percentiles touch
+    # one partial sort has all that these percentiles touch
+    top = w.abs().topk(min(last + 1, int((1 - PERCENTILES[0]) * last) + 2)).values
     scales, errors = [], []
     for p in PERCENTILES:
-        at = min((1 - p) * last, top.size(-1) - 1)
-        clip = top[..., int(at) : int(at) + 1].lerp(
-            top[..., math.ceil(at) : math.ceil(at) + 1], at - int(at)
-        )
-        scales.append((clip / levels).clamp(2.0**-24, 65504.0).half().float())
-        errors.append(
-            (w - code_levels(w, scales[-1], levels).mul_(scales[-1]))
-            .square_()
-            .sum(-1, keepdim=True)
-        )
-    return torch.stack(scales).gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
+        at = (1 - p) * last
+        low, high = int(at), math.ceil(at)
+        clip = top[..., low : low + 1].lerp(top[..., high : high + 1], at - low)
+        scale = (clip / largest).clamp(2.0**-24, 65504.0).half().float()
+        error = (w - nearest_levels(w, scale, largest).mul_(scale)).square_()
+        scales.append(scale)
+        errors.append(error.sum(-1, keepdim=True))
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    return torch.stack(scales).gather(0, best)[0]
 
 
-def code_levels(w, scale, levels):
-    "Integer levels, as floats, of w."
-    return (w / scale).round_().clamp_(-levels, levels)
+def nearest_levels(w: Tensor, distance: Tensor, largest: int) -> Tensor:
+    """Integers from -largest to largest, as floats, nearest to w / distance."""
+    return (w / distance).round_().clamp_(-largest, largest)
 
 
-def spacing(rows, columns, step):
-    """Steps [rows,columns] of a matrix."""
-    return (rows.float() if rows.dtype == torch.half else step * torch.exp2(rows / 4))[
-        :, None
-    ] * torch.exp2(columns / 4)
+def spacing(rows: Tensor, columns: Tensor, step_size: float) -> Tensor:
+    """Distances [rows,columns] between levels, from what an artifact stores of a matrix."""
+    by_row = rows.float() if rows.dtype == torch.half else step_size * torch.exp2(rows / 4)
+    return by_row[:, None] * torch.exp2(columns / 4)
 
 
-def spreads(q):
-    """int8 [rows + columns]: mean squares of levels q by row, and what columns add, in quarters of octaves of their deviation."""
-    size = q.square()
-    rows = (2 * (size.mean(1) + 1e-3).log2()).round()
-    columns = (2 * ((size * torch.exp2(-rows / 2)[:, None]).mean(0) + 1e-3).log2()).round()
+def spreads(levels: Tensor) -> Tensor:
+    """int8 [rows + columns]: quarters of octaves of a row's deviation, and what columns add."""
+    square = levels.square()
+    rows = (2 * (square.mean(1) + 1e-3).log2()).round()
+    rest = square * torch.exp2(-rows / 2)[:, None]
+    columns = (2 * (rest.mean(0) + 1e-3).log2()).round()
     return torch.cat((rows, columns)).to(torch.int8)
 
 
-def classes(spread, n):
-    """Distribution [rows,columns], int32, of levels with these spreads [n rows + columns]."""
-    return (spread[:n, None].int() + spread[n:] + CLASSES // 2).clamp_(0, CLASSES - 1)
+def distributions(spread: Tensor, rows: int) -> Tensor:
+    """Distribution [rows,columns], int32, of levels with these spreads [rows + columns]."""
+    which = spread[:rows, None].int() + spread[rows:] + DISTRIBUTIONS // 2
+    return which.clamp_(0, DISTRIBUTIONS - 1)
 
 
-def frequencies(counts):
-    """Table [CLASSES,SYMBOLS] of counts, its rows adding up to 2**BITS, none 0 that occurs."""
+def frequencies(counts: np.ndarray) -> np.ndarray:
+    """Table [DISTRIBUTIONS,SYMBOLS] of counts: rows add up to 2**BITS, none is 0 that occurs."""
     some = counts > 0
-    table = some + counts * (2**BITS - some.sum(1, keepdims=True)) // np.maximum(
-        counts.sum(1, keepdims=True), 1
-    )
-    np.put_along_axis(
-        table,
-        best := table.argmax(1)[:, None],
-        np.take_along_axis(table, best, 1) + 2**BITS - table.sum(1, keepdims=True),
-        1,
-    )
+    free = 2**BITS - some.sum(1, keepdims=True)
+    table = some + counts * free // np.maximum(counts.sum(1, keepdims=True), 1)
+    best = table.argmax(1)[:, None]  # takes what rounding left over
+    rest = 2**BITS - table.sum(1, keepdims=True)
+    np.put_along_axis(table, best, np.take_along_axis(table, best, 1) + rest, 1)
     return table
 
 
-def entropy_bytes(counts):
+def entropy_bytes(counts: np.ndarray) -> float:
     """Bytes of symbols by the entropy of their distributions, rows of counts."""
     p = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
     return -(counts * np.log2(np.maximum(p, 1e-30))).sum() / 8
 
 
-def lanes(n):
-    "Streams that n levels are dealt out to."
+# rANS (range asymmetric numeral systems, Duda, arXiv:1311.2540). The state is one integer x. To
+# encode a symbol that takes f of the 2**14 slots of its distribution, from slot s on:
+#     x <- (x // f) * 2**14 + s + x % f
+# The low 14 bits of the new x are a slot of the symbol, so a decoder that looks them up knows the
+# symbol, and takes the step back: x <- f * (x >> 14) + slot - s. A step makes x larger by a factor
+# of about 2**14 / f, that is by log2(2**14 / f) bits, the symbol's information: nothing is lost to
+# whole bits. x is kept in [2**16, 2**32). A step would take it to 2**32 if x >= f * 2**18; then its
+# low 16 bits first go out as a word, and one word is always enough. The decoder undoes all in
+# reverse, and takes a word when x falls under 2**16. So the encoder runs from the last symbol to
+# the first, and the decoder ends at x = 2**16, the start, or the codes are damaged. Up to 1024
+# states ("lanes") take turns, so that numpy does a step of all of them at once.
+
+
+def lane_count(n: int) -> int:
+    """Number of states among which n levels are dealt out."""
     return max(1, min(1024, n >> 11))
 
 
-def rans_encode(symbols, rows, table):
-    """Codes, uint8, of symbols [n] with distributions rows [n] of table, by range asymmetric numeral systems (Duda 2013, arXiv:1311.2540)."""
-    x, words, start = np.full(lanes(len(symbols)), 2**16, np.int64), [], table.cumsum(1) - table
+def rans_encode(symbols: np.ndarray, which: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Codes, uint8, of symbols [n] with distributions which [n], rows of table.
+
+    They are the last states, 4 bytes each, then the words in the order in which they are taken.
+    """
+    x = np.full(lane_count(len(symbols)), 2**16, np.int64)
+    starts = table.cumsum(1) - table
+    words = []
     for at in reversed(range(0, len(symbols), len(x))):
-        s, k = symbols[at : at + len(x)], rows[at : at + len(x)]
-        f, y = table[k, s], x[: len(s)]
-        full = y >= f << 32 - BITS
-        words.append(y[full].astype("<u2"))
-        y[full] >>= 16
-        y[:] = (y // f << BITS) + y % f + start[k, s]
+        symbol, row = symbols[at : at + len(x)], which[at : at + len(x)]
+        frequency, state = table[row, symbol], x[: len(symbol)]
+        full = state >= frequency << 32 - BITS
+        words.append(state[full].astype("<u2"))
+        state[full] >>= 16
+        state[:] = (state // frequency << BITS) + state % frequency + starts[row, symbol]
     return np.concatenate([x.astype("<u4").view("<u2"), *words[::-1]]).view(np.uint8)
 
 
-def rans_decode(codes, rows, table):
+def rans_decode(codes: np.ndarray, which: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Symbols, int16 [n]. Raises ValueError for codes that are not rans_encode's."""
-    n = lanes(len(rows))
-    words, start, out = codes.view("<u2"), table.cumsum(1) - table, np.empty(len(rows), np.int16)
-    refuse((table.sum(1) != 2**BITS).any() or (table < 0).any(), "wrong frequencies", ValueError)
-    lookup = np.stack([np.repeat(np.arange(table.shape[1], dtype=np.int16), row) for row in table])
+    if (table.sum(1) != 2**BITS).any() or (table < 0).any():
+        raise ValueError("wrong frequencies")
+    n, words = lane_count(len(which)), codes.view("<u2")
+    starts = table.cumsum(1) - table
+    every = np.arange(table.shape[1], dtype=np.int16)
+    lookup = np.stack([np.repeat(every, row) for row in table])  # [distribution,slot] -> symbol
+    out = np.empty(len(which), np.int16)
     x, words = words[: 2 * n].copy().view("<u4").astype(np.int64), words[2 * n :]
-    for at in range(0, len(rows), n):
-        k, y = rows[at : at + n], x[: len(rows) - at]
-        low = y & 2**BITS - 1
-        s = out[at : at + n] = lookup[k, low]
-        y[:] = table[k, s] * (y >> BITS) + low - start[k, s]
-        empty = y < 2**16
+    for at in range(0, len(which), n):
+        row, state = which[at : at + n], x[: len(which) - at]
+        slot = state & 2**BITS - 1
+        symbol = out[at : at + n] = lookup[row, slot]
+        state[:] = table[row, symbol] * (state >> BITS) + slot - starts[row, symbol]
+        empty = state < 2**16
         more = np.count_nonzero(empty)
-        y[empty] = y[empty] << 16 | words[:more]
+        state[empty] = state[empty] << 16 | words[:more]
         words = words[more:]
-    refuse(len(words) or (x != 2**16).any(), "wrong codes", ValueError)
+    if len(words) or (x != 2**16).any():
+        raise ValueError("wrong codes")
     return out
 
 
+class QuantisedMatrix(NamedTuple):
+    """Some rows of a matrix: what is stored of its steps, and its levels, as floats."""
+
+    rows: Tensor
+    columns: Tensor
+    levels: Tensor
+
+
 class Quantizer:
-    """What the export makes of a state, by what calibrate() found; without a grid by GPTQ-lite."""
+    """What an export makes of a state. Subclasses choose the steps of rows and columns."""
 
-    def __init__(self, c, state, grid=None, hessians=None):
-        self.c, self.state, self.grid = (
-            c,
-            {name: t.detach().float() for name, t in split_banks(state, c.num_layers).items()},
-            grid,
-        )
-        self.kinds, self.hessians = (
-            {name: level_kind(c, name, not grid) for name in self.state},
-            hessians or {},
-        )
+    finest = 2.0**-24  # the step size under which nothing changes any more
+
+    def __init__(self, c: Config, state: Mapping[str, Tensor]) -> None:
+        self.c = c
+        split = split_banks(state, c.num_layers)
+        self.state = {name: t.detach().float() for name, t in split.items()}
+        self.kinds = {n: self.level_kind(c, parameter_rule(n).export) for n in self.state}
         self.names = [name for name in self.state if self.kinds[name] in LEVELS]
-        self.counts = {
-            k: sum(t.numel() for n, t in self.state.items() if self.kinds[n] == k)
-            for k in sorted(set(self.kinds.values()))
+
+    @staticmethod
+    def level_kind(c: Config, export: str) -> str:
+        """The kind that a tensor is stored as, of what PARAMETER_RULES say."""
+        raise NotImplementedError
+
+    def step_codes(self, name: str, step_size: float) -> tuple[Tensor, Tensor]:
+        """(rows, columns): steps of a matrix as they are stored."""
+        raise NotImplementedError
+
+    def largest_level(self, name: str) -> int:
+        """Largest level of a matrix."""
+        return LEVELS[self.kinds[name]]
+
+    def counts(self) -> dict[str, int]:
+        """Number of weights of each kind."""
+        kinds = sorted(set(self.kinds.values()))
+        return {
+            kind: sum(t.numel() for name, t in self.state.items() if self.kinds[name] == kind)
+            for kind in kinds
         }
-        self.beside = sum(
-            1.5 * sum(t.shape) if n in self.names else t.nbytes for n, t in self.state.items()
-        )  # bytes of what is no level, about
-        if grid is None:
-            self.scales, self.finest = (
-                {n: row_scales(self.state[n], LEVELS[self.kinds[n]])[:, 0] for n in self.names},
-                2.0**-24,
-            )
-        else:  # row steps that no level is too small for, and the step under which they all bind
-            self.grid = {n: t.split(self.state[n].shape) for n, t in grid.items()}
-            least = {
-                n: (self.state[n].abs() * torch.exp2(-columns / 4)).amax(1)
-                / (LEVELS[self.kinds[n]] + 0.5)
-                for n, (_, columns) in self.grid.items()
-            }
-            self.least = {
-                n: t.clamp_min(2.0**-20 * max(t.max().item() for t in least.values()) + 1e-20)
-                for n, t in least.items()
-            }
-            self.finest = min(
-                (self.least[n] / torch.exp2(rows / 4)).min().item()
-                for n, (rows, _) in self.grid.items()
-            )
 
-    def steps(self, name, step):
-        """(rows, columns) of a matrix's steps as they are stored."""
-        if self.grid is None:  # the floor binds int6 only
-            scale = self.scales[name]
-            return scale.clamp_min(
-                step if self.kinds[name] == "int6" else 0
-            ).half(), torch.zeros_like(self.state[name][0], dtype=torch.int8)
-        rows, columns = self.grid[name]
-        return rows.maximum((4 * (self.least[name] / step).log2()).ceil()).clamp(-127, 127).to(
-            torch.int8
-        ), columns
-
-    def levels(self, step, thin=False):
-        """{name: (rows, columns, levels)}, thin: of 64 rows a matrix."""
+    def quantise(self, step_size: float, thin: bool = False) -> dict[str, QuantisedMatrix]:
+        """All matrices in levels; thin: about 64 rows of each, for an estimate."""
         found = {}
-        for n in self.names:
-            some, (rows, columns) = (
-                slice(None, None, -(-len(self.state[n]) // 64) if thin else None),
-                self.steps(n, step),
-            )
-            found[n] = (
-                rows[some],
-                columns,
-                code_levels(
-                    self.state[n][some], spacing(rows[some], columns, step), LEVELS[self.kinds[n]]
-                ),
-            )
-        if self.hessians and not thin:
-            self.feed_back(found, step)
+        for name in self.names:
+            every = math.ceil(len(self.state[name]) / 64) if thin else 1
+            rows, columns = self.step_codes(name, step_size)
+            rows, w = rows[::every], self.state[name][::every]
+            distance = spacing(rows, columns, step_size)
+            levels = nearest_levels(w, distance, self.largest_level(name))
+            found[name] = QuantisedMatrix(rows, columns, levels)
         return found
 
-    def feed_back(self, found, step):
-        """GPTQ (Frantar et al., arXiv:2210.17323): later columns make up for what the rounding of earlier ones costs."""
-        groups = {}
-        for n in self.names:
-            groups.setdefault(self.state[n].shape, []).append(n)
-        for names in groups.values():
-            w, scale = (
-                torch.stack([self.state[n] for n in names]),
-                torch.stack([spacing(*found[n][:2], step) for n in names]),
-            )
-            h = torch.stack([self.hessians[n] for n in names]).double()
-            h += torch.diag_embed(
-                (0.01 * h.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30).expand(
-                    h.shape[:2]
-                )
-            )
-            u = torch.linalg.cholesky(
-                torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True
-            ).float()
-            for j in range(w.size(2)):
-                kept, w[:, :, j] = (
-                    w[:, :, j].clone(),
-                    code_levels(w[:, :, j], scale[:, :, j], LEVELS[self.kinds[names[0]]]),
-                )
-                error = (kept - w[:, :, j] * scale[:, :, j]) / u[:, j, j, None]
-                w[:, :, j + 1 :].baddbmm_(error[:, :, None], u[:, j, None, j + 1 :], alpha=-1)
-            for n, q in zip(names, w):
-                found[n][2].copy_(q)
-
-    def rounded(self, step):
-        """The state after rounding, tensors by name."""
-        return self.state | {
-            n: q * spacing(rows, columns, step)
-            for n, (rows, columns, q) in self.levels(step).items()
+    def rounded(self, step_size: float) -> dict[str, Tensor]:
+        """The state after rounding, fp32 tensors by name."""
+        matrices = {
+            name: m.levels * spacing(m.rows, m.columns, step_size)
+            for name, m in self.quantise(step_size).items()
         }
+        return self.state | matrices
 
-    def census(self, found):
-        """(counts [CLASSES,SYMBOLS] of levels by class, scaled up from rows to matrices; spreads by name)."""
-        spread, counts = {n: spreads(q) for n, (_, _, q) in found.items()}, 0
-        for n, (_, _, q) in found.items():
-            one = torch.bincount(
-                (classes(spread[n], len(q)) * SYMBOLS + q.int() + SYMBOLS // 2).flatten(),
-                minlength=CLASSES * SYMBOLS,
-            )
-            counts = counts + one * len(self.state[n]) // len(q)
-        return counts.view(CLASSES, SYMBOLS).cpu().numpy(), spread
+    def census(self, found: Mapping[str, QuantisedMatrix]) -> tuple[np.ndarray, dict[str, Tensor]]:
+        """(counts [DISTRIBUTIONS,SYMBOLS], scaled up to whole matrices; spreads by name)."""
+        spread = {name: spreads(m.levels) for name, m in found.items()}
+        counts = torch.zeros(DISTRIBUTIONS * SYMBOLS, dtype=torch.long)
+        for name, m in found.items():
+            which = distributions(spread[name], len(m.levels))
+            at = (which * SYMBOLS + m.levels.int() + SYMBOLS // 2).flatten()
+            own = torch.bincount(at, minlength=DISTRIBUTIONS * SYMBOLS)
+            scaled = own * len(self.state[name]) // len(m.levels)
+            counts = counts.to(own.device) + scaled
+        return counts.view(DISTRIBUTIONS, SYMBOLS).cpu().numpy(), spread
 
-    def estimate(self, step):
+    def estimate(self, step_size: float) -> float:
         """Bytes of the artifact by the entropy of 64 rows of each matrix."""
-        return entropy_bytes(self.census(self.levels(step, True))[0]) + self.beside
+        beside = sum(  # of what is no level, about
+            1.5 * sum(t.shape) if name in self.names else t.nbytes for name, t in self.state.items()
+        )
+        return entropy_bytes(self.census(self.quantise(step_size, thin=True))[0]) + beside
 
-    def search(self, cap):
-        """The step at which estimate() is just under cap, or the finest."""
-        low, high = -1e-3, 40.0  # octaves over the finest, which is the first tried
+    def search(self, cap: float) -> float:
+        """The finest step size if estimate() is under cap there, else that at which it just is."""
+        if self.estimate(self.finest) < cap:
+            return self.finest
+        low, high = 0.0, 40.0  # octaves over the finest
         while high - low > 1e-3:
-            middle = max(0.0, low + (high - low) * (low >= 0) / 2)
-            low, high = (
-                (low, middle) if self.estimate(self.finest * 2.0**middle) < cap else (middle, high)
-            )
+            middle = low + (high - low) / 2
+            if self.estimate(self.finest * 2.0**middle) < cap:
+                high = middle
+            else:
+                low = middle
         return self.finest * 2.0**high
 
-    def fit(self, cap):
-        """(artifact of at most cap bytes, its figures): of the finest step, or of one that lands within 0.2 % of cap. Raises Fault."""
-        best, more = None, 0.0
+    def fit(self, cap: int) -> tuple[bytes, dict[str, Any]]:
+        """(artifact of at most cap bytes, its figures).
+
+        It ends at the finest step size or within 0.2 % of cap; after six tries the largest that
+        fits is taken. Raises Fault if none does.
+        """
+        best: tuple[bytes, dict[str, Any]] | None = None
+        more = 0.0  # bytes over the estimate
         for _ in range(6):
-            step = self.search(0.999 * cap - more)
-            blob, figures = self.pack(step)
+            step_size = self.search(0.999 * cap - more)
+            blob, figures = self.pack(step_size)
             if len(blob) <= cap and (best is None or len(blob) > len(best[0])):
                 best = blob, figures
             if best and (best[1]["step"] == self.finest or len(best[0]) > 0.998 * cap):
                 return best
-            more = len(blob) - self.estimate(step)
-        refuse(
-            not best,
-            f"ARTIFACT_BYTES={self.c.artifact_bytes}: code leaves {cap} bytes, the weights take {len(blob)}; train a smaller model.",
-            Fault,
-        )
+            more = len(blob) - self.estimate(step_size)
+        if best is None:
+            raise Fault(
+                f"ARTIFACT_BYTES={self.c.artifact_bytes}: code leaves {cap} bytes, the weights take"
+                f" {len(blob)}; train a smaller model."
+            )
         return best
 
-    def pack(self, step):
-        """(the artifact with this step, {step, bytes of levels, of their entropy in their distributions})."""
-        found, plain = (
-            self.levels(step),
-            {
-                n: t.half() if k == "fp16" else t
-                for n, t in self.state.items()
-                if (k := self.kinds[n]) not in LEVELS
-            },
-        )
+    def pack(self, step_size: float) -> tuple[bytes, dict[str, Any]]:
+        """(the artifact of a step size, {step, bytes of levels, of their entropy})."""
+        found = self.quantise(step_size)
         counts, spread = self.census(found)
-        rows, columns, q = (
-            torch.cat([x.flatten() for x in part]).cpu() for part in zip(*found.values())
+        rows, columns, levels = (
+            torch.cat([part.flatten() for part in parts]).cpu()
+            for parts in zip(*found.values(), strict=True)
         )
-        tensors, q, table = {"rows": rows, "columns": columns}, q.short(), frequencies(counts)
+        tensors, levels = {"rows": rows, "columns": columns}, levels.short()
         if self.c.coder == "rans":
             which = torch.cat(
                 [
-                    classes(spread[n], len(x)).flatten().to("cpu", torch.uint8)
-                    for n, (_, _, x) in found.items()
+                    distributions(spread[name], len(m.levels)).flatten().to("cpu", torch.uint8)
+                    for name, m in found.items()
                 ]
             )
-            tensors["codes"] = torch.from_numpy(
-                rans_encode(q.numpy() + SYMBOLS // 2, which.numpy(), table)
-            )
-            tensors |= {
-                "spreads": torch.cat([*spread.values()]).cpu(),
-                "table": torch.from_numpy(table.astype(np.int16)),
-            }
+            table = frequencies(counts)
+            codes = rans_encode(levels.numpy() + SYMBOLS // 2, which.numpy(), table)
+            tensors["codes"] = torch.from_numpy(codes)
+            tensors["spreads"] = torch.cat([*spread.values()]).cpu()
+            tensors["table"] = torch.from_numpy(table.astype(np.int16))
+            size = len(codes)
         else:
-            tensors["levels"] = q.to(torch.int8)
-        header = {
-            "model": {n: getattr(self.c, n.lower()) for n in MODEL_SETTINGS},
-            "step": step,
-            "matrices": [[n, list(self.state[n].shape)] for n in self.names],
+            tensors["levels"] = levels.to(torch.int8)
+            size = len(compress(tensors["levels"].numpy().tobytes()))
+        blob = b"".join(seal(self.header(step_size), tensors | self.plain_tensors(), compress))
+        entropy = round(entropy_bytes(counts))
+        return blob, {"step": step_size, "level_bytes": size, "entropy_bytes": entropy}
+
+    def header(self, step_size: float) -> dict[str, Any]:
+        """Header of the artifact, but for its table of tensors."""
+        return {
+            "model": {name: getattr(self.c, name.lower()) for name in MODEL_SETTINGS},
+            "step": step_size,
+            "matrices": [[name, list(self.state[name].shape)] for name in self.names],
         }
-        size = (
-            tensors["codes"].numel()
-            if self.c.coder == "rans"
-            else len(compress(tensors["levels"].numpy()))
+
+    def plain_tensors(self) -> dict[str, Tensor]:
+        """Tensors that are not quantised, as they are stored."""
+        return {
+            name: (t.half() if self.kinds[name] == "fp16" else t).cpu()
+            for name, t in self.state.items()
+            if name not in self.names
+        }
+
+
+class GptqLite(Quantizer):
+    """#549's: int6 or int8 levels, a scale a row, which the step size widens where it is larger."""
+
+    def __init__(self, c: Config, state: Mapping[str, Tensor]) -> None:
+        super().__init__(c, state)
+        self.scales = {
+            name: row_scales(self.state[name], self.largest_level(name))[:, 0]
+            for name in self.names
+        }
+
+    @staticmethod
+    def level_kind(c: Config, export: str) -> str:
+        """As PARAMETER_RULES say."""
+        return export
+
+    def step_codes(self, name: str, step_size: float) -> tuple[Tensor, Tensor]:
+        """Scales of rows, fp16; the step size binds int6 only. Columns are all the same."""
+        floor = step_size if self.kinds[name] == "int6" else 0
+        columns = torch.zeros_like(self.state[name][0], dtype=torch.int8)
+        return self.scales[name].clamp_min(floor).half(), columns
+
+
+class RateDistortion(Quantizer):
+    """Steps by what errors cost: at one slope of bytes against damage for all weights.
+
+    Entropy-coded levels d apart take log2(1/d) bits plus a constant; rounding's mean square error
+    d^2 / 12 costs loss in proportion to h d^2, h the weight's Fisher information. At a price of p
+    bits for that loss, log2(1/d) + p h d^2 is least where h d^2 = 1 / (2 p ln 2): the same for all
+    weights, so d ~ h^(-1/2), and p is what the step size sets. A rare large level costs only its
+    own bits, so no row is clipped to keep levels few.
+    """
+
+    def __init__(self, c: Config, state: Mapping[str, Tensor], calibration: Calibration) -> None:
+        super().__init__(c, state)
+        self.grid = {
+            name: exponents.split(self.state[name].shape)
+            for name, exponents in calibration.grid.items()
+        }
+        # The least step of a row at which its largest weight still rounds to the largest level.
+        # From 2**-20 of the largest of them on (80 quarters of octaves), with the grid's at most
+        # 47, stored exponents stay within int8. Under the finest step size these bind in every row.
+        least = {}
+        for name, (_, columns) in self.grid.items():
+            largest = (self.state[name].abs() * torch.exp2(-columns / 4)).amax(1)
+            least[name] = largest / (self.largest_level(name) + 0.5)
+        floor = 2.0**-20 * max(t.max().item() for t in least.values()) + 1e-20
+        self.least = {name: t.clamp_min(floor) for name, t in least.items()}
+        self.finest = min(
+            (self.least[name] / torch.exp2(rows / 4)).min().item()
+            for name, (rows, _) in self.grid.items()
         )
-        return b"".join(seal(header, tensors | {n: t.cpu() for n, t in plain.items()}, compress)), {
-            "step": step,
-            "level_bytes": size,
-            "entropy_bytes": round(entropy_bytes(counts)),
-        }
+
+    @staticmethod
+    def level_kind(c: Config, export: str) -> str:
+        """More levels than PARAMETER_RULES say, which an entropy coder makes cheap."""
+        if export not in LEVELS:
+            return export
+        return "int10" if c.coder == "rans" else "int8"
+
+    def step_codes(self, name: str, step_size: float) -> tuple[Tensor, Tensor]:
+        """The grid's quarters of octaves; a row whose weights have outgrown it gets wider steps."""
+        rows, columns = self.grid[name]
+        needed = (4 * (self.least[name] / step_size).log2()).ceil()
+        return rows.maximum(needed).clamp(-127, 127).to(torch.int8), columns
 
 
-def unpack_levels(header, w):
-    """fp32 matrices by name of an artifact's header and tensors, which are taken out of w. Raises ValueError and others."""
+class Gptq(RateDistortion):
+    """Rate-distortion steps with GPTQ's error feedback (Frantar et al., arXiv:2210.17323)."""
+
+    def __init__(self, c: Config, state: Mapping[str, Tensor], calibration: Calibration) -> None:
+        super().__init__(c, state, calibration)
+        self.hessians = calibration.hessians
+
+    def quantise(self, step_size: float, thin: bool = False) -> dict[str, QuantisedMatrix]:
+        """As the base class, but later columns make up for what rounding earlier ones costs."""
+        found = super().quantise(step_size, thin)
+        if thin:
+            return found
+        by_shape: dict[torch.Size, list[str]] = {}
+        for name in self.names:
+            by_shape.setdefault(self.state[name].shape, []).append(name)
+        for names in by_shape.values():
+            self.feed_back(names, found, step_size)
+        return found
+
+    def feed_back(
+        self, names: list[str], found: Mapping[str, QuantisedMatrix], step_size: float
+    ) -> None:
+        """Replace the levels of matrices of one shape.
+
+        u is the upper Cholesky factor of the inverse Hessian. Rounding column j with error e, the
+        weight less its rounded value, moves the columns k behind it by -e u[j,k] / u[j,j]: there
+        the loss is least, given the columns up to j.
+        """
+        w = torch.stack([self.state[name] for name in names])
+        distance = torch.stack(
+            [spacing(found[name].rows, found[name].columns, step_size) for name in names]
+        )
+        h = torch.stack([self.hessians[name] for name in names]).double()
+        damping = 0.01 * h.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30
+        h += torch.diag_embed(damping.expand(h.shape[:2]))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+        u = torch.linalg.cholesky(inverse, upper=True).float()
+        largest = self.largest_level(names[0])
+        for j in range(w.size(2)):
+            kept = w[:, :, j].clone()
+            w[:, :, j] = nearest_levels(w[:, :, j], distance[:, :, j], largest)
+            error = (kept - w[:, :, j] * distance[:, :, j]) / u[:, j, j, None]
+            w[:, :, j + 1 :].baddbmm_(error[:, :, None], u[:, j, None, j + 1 :], alpha=-1)
+        for name, levels in zip(names, w, strict=True):
+            found[name].levels.copy_(levels)
+
+
+def make_quantizer(
+    c: Config, state: Mapping[str, Tensor], calibration: Calibration | None
+) -> Quantizer:
+    """GPTQ-lite without a calibration, GPTQ with one that has Hessians, else rate-distortion."""
+    if calibration is None:
+        return GptqLite(c, state)
+    if calibration.hessians:
+        return Gptq(c, state, calibration)
+    return RateDistortion(c, state, calibration)
+
+
+def bytes_for_weights(c: Config) -> int:
+    """What the code leaves of ARTIFACT_BYTES."""
+    return c.artifact_bytes - code_bytes()
+
+
+def unpack_matrices(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """fp32 matrices by name of an artifact, whose parts are taken out of tensors.
+
+    Raises ValueError and others.
+    """
     shapes = [shape for _, shape in header["matrices"]]
 
-    def parts(name, size):
-        return w.pop(name).split([size(*shape) for shape in shapes])
+    def parts(name: str, sizes: list[int]) -> Sequence[Tensor]:
+        return tensors.pop(name).split(sizes)
 
-    if "codes" in w:
-        refuse(
-            sum(map(math.prod, shapes)) > EXPANSION * len(w["codes"]) + 2**25,
-            "more levels than codes can hold",
-            ValueError,
-        )
+    if "codes" in tensors:
+        most = EXPANSION * len(tensors["codes"]) + 2**25  # before anything is allocated
+        if sum(math.prod(shape) for shape in shapes) > most:
+            raise ValueError("more levels than codes of this size may claim")
+        spread = parts("spreads", [rows + columns for rows, columns in shapes])
         which = torch.cat(
             [
-                classes(spread, r).flatten()
-                for spread, (r, _) in zip(parts("spreads", int.__add__), shapes)
+                distributions(own, rows).flatten()
+                for own, (rows, _) in zip(spread, shapes, strict=True)
             ]
         )
-        w["levels"] = (
-            torch.from_numpy(
-                rans_decode(
-                    w.pop("codes").numpy(), which.numpy(), w.pop("table").numpy().astype(np.int64)
-                )
-            )
-            - SYMBOLS // 2
-        )
-    found = zip(
+        table = tensors.pop("table").numpy().astype(np.int64)
+        symbols = rans_decode(tensors.pop("codes").numpy(), which.numpy(), table)
+        tensors["levels"] = torch.from_numpy(symbols) - SYMBOLS // 2
+    matrices = zip(
         header["matrices"],
-        parts("levels", int.__mul__),
-        parts("rows", lambda r, c: r),
-        parts("columns", lambda r, c: c),
+        parts("levels", [rows * columns for rows, columns in shapes]),
+        parts("rows", [rows for rows, _ in shapes]),
+        parts("columns", [columns for _, columns in shapes]),
+        strict=True,
     )
     return {
-        name: q.view(shape) * spacing(rows, columns, header["step"])
-        for (name, shape), q, rows, columns in found
+        name: levels.view(shape) * spacing(rows, columns, header["step"])
+        for (name, shape), levels, rows, columns in matrices
     }
 
 
-def unpack(data):
-    """(fp32 tensors by name, settings) of an artifact. The lineage's, LZMA of a torch.save, has none; no code of it is run. Raises ValueError ..."""
-    if data[:8] == MAGIC:
-        header, w = unseal(data, expand)
-        return unpack_levels(header, w) | {n: t.float() for n, t in w.items()}, header["model"]
-    w = torch.load(BytesIO(expand(data)), map_location="cpu", weights_only=True)["w"]
-    refuse(
-        any(t.untyped_storage().nbytes() < t.numel() * t.element_size() for t in w.values()),
-        "a tensor overlaps itself",
-        ValueError,
-    )
-    return {
-        n.removesuffix(".q"): t.float()
-        * w[n[:-1] + "scale"].float().view(-1, *[1] * (t.dim() - 1)).expand_as(t)
-        if n.endswith(".q")
-        else t.float()
-        for n, t in w.items()
-        if n[:-5] + "q" not in w
-    }, {}
+def unpack(data: bytes | bytearray) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(fp32 tensors by name, settings) of an artifact; the lineage's has no settings.
+
+    Raises ValueError and others.
+    """
+    if data[:8] != MAGIC:
+        return unpack_lineage(data), {}
+    header, tensors = unseal(data, expand)
+    matrices = unpack_matrices(header, tensors)
+    return matrices | {name: t.float() for name, t in tensors.items()}, header["model"]
 
 
-def read_artifact(c):
+def unpack_lineage(data: bytes | bytearray) -> dict[str, Tensor]:
+    """fp32 tensors by name of the lineage's artifact, LZMA of a torch.save. Runs no code of it.
+
+    Raises ValueError and others.
+    """
+    tensors = torch.load(BytesIO(expand(data)), map_location="cpu", weights_only=True)["w"]
+    if any(t.untyped_storage().nbytes() < t.numel() * t.element_size() for t in tensors.values()):
+        raise ValueError("a tensor overlaps itself")
+    found = {}
+    for name, t in tensors.items():
+        if name.endswith(".q"):
+            scale = tensors[f"{name[:-1]}scale"].float()
+            by_row = scale.view(-1, *[1] * (t.dim() - 1)).expand_as(t)
+            found[name.removesuffix(".q")] = t.float() * by_row
+        elif f"{name.removesuffix('scale')}q" not in tensors:  # the scale of a matrix is used above
+            found[name] = t.float()
+    return found
+
+
+def read_artifact(c: Config) -> tuple[Config, dict[str, Tensor]]:
     """(Config with its settings, tensors by name) of LOAD_ARTIFACT. Raises BadInput."""
     where = f"LOAD_ARTIFACT={c.load_artifact}"
     try:
         state, there = unpack(Path(c.load_artifact).read_bytes())
-        refuse(
-            there and there.keys() != {*MODEL_SETTINGS},
-            "it has other settings than this version",
-            ValueError,
-        )
-        settings = {
-            s.name.lower(): parse_setting(s, shown(there[s.name]))
-            for s in SETTINGS
-            if s.name in there
+        if there and there.keys() != {*MODEL_SETTINGS}:
+            raise ValueError("it has other settings than this version")
+        values = {
+            name.lower(): parse_value(SETTINGS[name], shown(value)) for name, value in there.items()
         }
     except OSError as why:
         raise BadInput(f"{where}: {why.strerror}; give the path of a final_model.ptz.") from None
@@ -2063,934 +2941,1326 @@ def read_artifact(c):
             f"{where}: damaged, or no artifact: {str(why)[:160]}. Export it again."
         ) from None
     clash = [
-        f"{n.upper()}={shown(getattr(c, n))} (there {shown(v)})"
-        for n, v in settings.items()
-        if n in c.explicit and getattr(c, n) != v
+        f"{name.upper()}={shown(getattr(c, name))} (there {shown(value)})"
+        for name, value in values.items()
+        if name in c.explicit and getattr(c, name) != value
     ]
-    c = dataclasses.replace(c, **settings)
+    c = dataclasses.replace(c, **values)
     problems = clash or cross_check(c)
-    refuse(
-        problems,
-        f"{where}: was made with other settings: {' '.join(problems)}. Unset them: the artifact knows.",
-    )
+    if problems:
+        raise BadInput(
+            f"{where}: was made with other settings: {' '.join(problems)}. Unset them: the artifact"
+            " knows."
+        )
     with torch.device("meta"):  # nothing is allocated for sizes that the file only claims
         load_state(GPT(c), state, where)
     return c, state
 
 
-def copy_tensors(own, state, where):
-    """Copy state into own, both by name. Raises BadInput unless names and shapes fit."""
-    there, here = ({n: list(t.shape) for n, t in tensors.items()} for tensors in (state, own))
-    wrong = [
-        f"{n} is {there.get(n, 'missing')}, the settings make it {here.get(n, 'nothing')}"
-        for n in sorted(there.keys() | here)
-        if there.get(n) != here.get(n)
-    ]
-    refuse(
-        wrong,
-        f"{where}: does not fit: {'; '.join(wrong[:3])}{' ...' if wrong[3:] else ''}. Set NUM_LAYERS and others as trained.",
-    )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
-
-
-def load_state(model, state, where):
-    """Copy an artifact's tensors into the model. Raises BadInput."""
+def load_state(model: GPT, state: Mapping[str, Tensor], where: str | Path) -> None:
+    """Copy an artifact's tensors into the model. Raises BadInput unless they fit."""
     copy_tensors(split_banks(model.state_dict(), model.c.num_layers), state, where)
 
 
-def export(c, run, model, calibrated):
+def export(c: Config, run: Run, model: GPT, calibration: Calibration | None) -> None:
     """Rank 0 quantises and writes, unless it did before; all ranks load what is read back."""
-    path, code = run.folder / "final_model.ptz", Path(__file__).stat().st_size
-    if run.rank == 0 and "artifact" not in run.rows:
-        began, quantizer = (
-            perf_counter(),
-            Quantizer(
-                dataclasses.replace(c, recur_start=0) if model.recurring else c,
-                model.state_dict(),
-                *calibrated,
-            ),
-        )
-        blob, figures = quantizer.fit(c.artifact_bytes - code)
-        write_file(path, [blob])
-        run.metric("quantised", **quantizer.counts, **figures, seconds=perf_counter() - began)
-        kind = f"{c.quant}+{c.coder}+lzma"
-        run.log(
-            f"Code size: {code} bytes\nSerialized model {kind}: {len(blob)} bytes\nTotal submission size {kind}: {len(blob) + code} bytes"
-        )
-        run.metric("artifact", model_bytes=len(blob), code_bytes=code, total_bytes=len(blob) + code)
-    state, settings = unpack(run.share(path.read_bytes() if run.rank == 0 else b""))
+    path = run.log.folder / "final_model.ptz"
+    if run.ranks.rank == 0 and "artifact" not in run.log.rows:
+        began = perf_counter()
+        # in an artifact RECUR_START=0 says that recurrence was on, another that it never came to it
+        trained = dataclasses.replace(c, recur_start=0) if model.recurring else c
+        quantizer = make_quantizer(trained, model.state_dict(), calibration)
+        blob, figures = quantizer.fit(bytes_for_weights(c))
+        seconds = perf_counter() - began
+        write_file(path, [blob], run.log.remedy())
+        write_file(path.with_name("train_gpt.py"), [packed_script()], run.log.remedy())
+        run.log.metric("quantised", **quantizer.counts(), **figures, seconds=seconds)
+        code, kind = code_bytes(), f"{c.quant}+{c.coder}+lzma"
+        source = len(read_source().encode())
+        run.log.line(f"Code size: {code} bytes (packed; source {source} bytes)")
+        run.log.line(f"Serialized model {kind}: {len(blob)} bytes")
+        run.log.line(f"Total submission size {kind}: {len(blob) + code} bytes")
+        sizes = dict(model_bytes=len(blob), code_bytes=code, total_bytes=len(blob) + code)
+        run.log.metric("artifact", **sizes)
+    data = path.read_bytes() if run.ranks.rank == 0 else b""
+    state, settings = unpack(run.ranks.share(data))
     load_state(model, state, path)
     model.recurring = bool(c.recur_layers) and settings["RECUR_START"] == 0
 
 
-# ---------- scoring core
-# Each target is scored once into one array of nats [N], shared out over ranks by whole batches, summed once, in order, in fp64.
-def plan_windows(n, window, stride):
-    """(start, first scored row) of each window, int64 arrays, to score n targets once, in order: the first window all its rows, later
-    ones the last stride; the last is moved back to end at n. Raises ValueError."""
-    refuse(
-        not 1 <= stride <= window <= n,
-        f"need 1 <= stride {stride} <= window {window} <= n {n}",
-        ValueError,
-    )
+# ==================================================================================================
+# 11. Averages
+#
+# Candidates for the export: the last weights, EMA, SWA and LAWA. With AVERAGE=auto the lowest loss
+# on held-out training text decides, quantised, since that is what is scored.
+# ==================================================================================================
+
+
+class Averages:
+    """EMA, SWA and LAWA's snapshots of params, fp32, as lists in the order of params."""
+
+    def __init__(self, c: Config, params: Iterable[Tensor]) -> None:
+        self.c, self.params = c, list(params)
+        self.steps = 0
+        self.snapshots = 0  # that SWA is the mean of
+        kinds = ["ema"] * c.ema_enabled + ["swa"] * c.swa_enabled
+        kinds += [f"lawa{k}" for k in range(c.lawa_k * c.lawa_enabled)]
+        self.kept = {kind: [p.detach().clone() for p in self.params] for kind in kinds}
+
+    @torch.no_grad()
+    def update(self, lr_factor: float) -> None:
+        """Take in the weights after a step at this factor on rates."""
+        c = self.c
+        self.steps += 1
+        n = self.steps
+        if c.ema_enabled:
+            decay = min(c.ema_decay, (1 + n) / (10 + n))
+            torch._foreach_lerp_(self.kept["ema"], self.params, 1 - decay)
+        if c.swa_enabled and lr_factor < 0.2 and n % c.swa_every == 0:
+            self.snapshots += 1
+            torch._foreach_lerp_(self.kept["swa"], self.params, 1 / self.snapshots)
+        if c.lawa_enabled and n % c.lawa_freq == 0:
+            oldest = (n // c.lawa_freq - 1) % c.lawa_k
+            torch._foreach_copy_(self.kept[f"lawa{oldest}"], self.params)
+
+    def candidates(self) -> dict[str, list[Tensor]]:
+        """Weights by name that AVERAGE allows; the last ones while that average has no snapshot."""
+        found = {"none": [p.detach().clone() for p in self.params]}
+        if "ema" in self.kept:
+            found["ema"] = self.kept["ema"]
+        if self.snapshots:
+            found["swa"] = self.kept["swa"]
+        taken = self.steps // self.c.lawa_freq
+        lawa = [weights for kind, weights in self.kept.items() if kind.startswith("lawa")][:taken]
+        if lawa:
+            found["lawa"] = [sum(copies) / len(copies) for copies in zip(*lawa, strict=True)]
+        if self.c.average == "auto":
+            return found
+        name = self.c.average if self.c.average in found else "none"
+        return {name: found[name]}
+
+    @torch.no_grad()
+    def choose(
+        self, run: Run, model: GPT, data: TrainData, calibration: Calibration | None
+    ) -> None:
+        """Put the best candidate into the model and log the losses of all.
+
+        All are rounded at one step size, at which the first of them fits, and without GPTQ's error
+        feedback, which takes many times as long.
+        """
+        losses: dict[str, float] = {}
+        found, step_size = self.candidates(), 0.0
+        grid_alone = Calibration(calibration.grid, {}) if calibration else None
+        tokens = torch.from_numpy(data.held_out.astype(np.int64)).to(run.ranks.device)
+        inputs, targets = (
+            t.view(-1, data.T).split(8)[run.ranks.rank :: run.ranks.world]
+            for t in (tokens[:-1], tokens[1:])
+        )
+        for name, weights in found.items():
+            torch._foreach_copy_(self.params, weights)
+            quantizer = make_quantizer(self.c, model.state_dict(), grid_alone)
+            step_size = step_size or quantizer.search(bytes_for_weights(self.c))
+            load_state(model, quantizer.rounded(step_size), "average")
+            total = torch.zeros((), device=run.ranks.device, dtype=torch.float64)
+            for ids, goal in zip(inputs, targets, strict=True):
+                total += GPT.forward(model, ids, goal, "sum")  # no compiling on the clock
+            losses[name] = run.ranks.sum(total).item() / (len(tokens) - 1)
+            tokens_scored = len(tokens) - 1
+            run.log.metric(f"average_{name}", heldout_train_loss=losses[name], tokens=tokens_scored)
+        best = min(losses, key=losses.__getitem__)
+        torch._foreach_copy_(self.params, found[best])
+        run.log.line(f"average: exporting {best} swa_snapshots:{self.snapshots}")
+
+
+# ==================================================================================================
+# 12. Scoring core
+#
+# Every evaluation goes through score_batch(): windows in, nats out, each target once, into one
+# array with a row [N] for each job, whose mean is taken once, in fp64. Ranks share out batches.
+# ==================================================================================================
+
+
+class Observer:
+    """Watches a pass of score(), for tools/audit.py. This one ignores what it is told.
+
+    Targets are named by their index in the stream, windows by their number in the pass.
+    """
+
+    def scoring(self, starts: np.ndarray, firsts: np.ndarray) -> None:
+        """Windows with these starts and first scored rows are scored next, in this order."""
+
+    def learned(self, begin: int, end: int) -> None:
+        """What is scored from now on may depend on targets begin to end."""
+
+    def fitted(self, targets: np.ndarray, window: int) -> None:
+        """What this window and later ones are scored with was fitted to these targets."""
+
+
+SILENT = Observer()
+
+
+def plan_windows(n: int, window: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """(start, first scored row) of each window, int64, to score n targets once, in order.
+
+    The first window scores all its rows, later ones the last `stride`; the last is moved back to
+    end at n. With n = 9, window = 4 and stride = 3: starts 0 3 5, first rows 0 1 2. Raises
+    ValueError.
+    """
+    if not 1 <= stride <= window <= n:
+        raise ValueError(f"need 1 <= stride {stride} <= window {window} <= n {n}")
     ends = np.minimum(np.arange(window, n + stride, stride), n)
-    return ends - window, np.concatenate([[0], ends[:-1]]) - (ends - window)
+    starts = ends - window
+    return starts, np.concatenate([[0], ends[:-1]]) - starts
 
 
-def row_nll(model, h, targets, rows, shift=None):
-    """Nats [R] at flat rows of h [B,T,D], with shift [B or 1,V] on the logits; only rows meet the head."""
-    T, h, targets, nats = h.size(1), h.flatten(0, 1), targets.flatten(), []
+def scored_rows(firsts: np.ndarray, length: int) -> np.ndarray:
+    """Mask [B,length] of the rows that windows score."""
+    return np.arange(length) >= firsts[:, None]
+
+
+class Batch(NamedTuple):
+    """The last R rows of some windows, as the trunk left them."""
+
+    h: Tensor  # [B,R,D]
+    targets: Tensor  # [B,R]
+    firsts: np.ndarray  # [B] first scored one of these rows
+    at: Tensor  # [S] index in the stream of each scored target
+    rows: Tensor  # [S] its row in h.flatten(0, 1)
+    origins: np.ndarray  # [B] index in the stream of the first of the R rows
+    window: int  # number, in the pass, of the batch's first window
+
+
+def row_nll(
+    model: GPT, h: Tensor, targets: Tensor, rows: Tensor, shift: Tensor | None = None
+) -> Tensor:
+    """Nats [S] at rows of h.flatten(0, 1), with shift [B or 1,V] on the logits before the cap.
+
+    h is [B,R,D]; only these rows meet the head.
+    """
+    R = h.size(1)
+    h, targets, nats = h.flatten(0, 1), targets.flatten(), []
     for r in rows.split(16384):
         z = model.project(h[r])
         if shift is not None:
-            z += shift[r // T] if len(shift) > 1 else shift
+            z += shift[r // R] if len(shift) > 1 else shift
         nats.append(F.cross_entropy(model.cap(z), targets[r], reduction="none"))
     return torch.cat(nats)
 
 
-def scored_rows(firsts, T):
-    "Mask [B,T] of the rows that windows score."
-    return np.arange(T) >= firsts[:, None]
+# ==================================================================================================
+# 13. Scoring methods
+#
+# What turns hidden states into nats. To add one: subclass ScoringMethod, give Config a setting that
+# switches it on, and name both in rows of EVALUATORS, with TTT and without. Whether a method is
+# causal follows from the settings: broken_conditions().
+# ==================================================================================================
 
 
-# ---------- scoring methods
-# What turns hidden states into nats. What is causal follows from the settings: broken_conditions().
-# [B,T,D], [B,T], [B] of the last T rows of windows; of each scored target stream index, flat row
-Batch = namedtuple("Batch", "h targets firsts at rows")
+class ScoringMethod:
+    """Nats of scored targets, and what the method learns from them. One is made for each pass."""
+
+    BY_NAME: ClassVar[dict[str, type["ScoringMethod"]]] = {}
+    all_rows = False  # whether nats() looks at other rows than those to score
+    learns = False  # whether learn() does anything: then the stream is scored in chunks
+
+    def __init_subclass__(cls) -> None:
+        ScoringMethod.BY_NAME[cls.__name__] = cls
+
+    def __init__(
+        self, c: Config, ranks: Ranks, model: GPT, val: ValData, observer: Observer = SILENT
+    ) -> None:
+        self.c, self.ranks, self.model, self.val, self.observer = c, ranks, model, val, observer
+
+    @staticmethod
+    def leaks(c: Config) -> bool:
+        """Whether a target's probability depends on the target itself or on later ones.
+
+        A claim, which tools/audit.py checks.
+        """
+        return False
+
+    def batch_windows(self) -> int | None:
+        """Windows of a batch, if the method fixes it; else the pass takes what memory holds."""
+        return None
+
+    def nats(self, b: Batch) -> Tensor:
+        """Nats [S] of the scored targets of a batch."""
+        raise NotImplementedError
+
+    def learn(self, end: int) -> None:
+        """Take in the targets from the last `end` up to this one, all of which were scored.
+
+        A resumed pass calls it again for each chunk before: what it builds is not in state().
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that nats() changes and later nats() need: saved and restored in place."""
+        return {}
 
 
-class Plain:
+class Plain(ScoringMethod):
     """The model's own distribution."""
 
-    def __init__(self, c, run, model, val):
-        self.c, self.run, self.model, self.all_rows = (
-            c,
-            run,
-            model,
-            False,
-        )  # whether nats() looks at others than those to score
-
-    def nats(self, b):
-        "Nats [R] of the scored targets of a Batch."
+    def nats(self, b: Batch) -> Tensor:
+        """Nats [S]."""
         return row_nll(self.model, b.h, b.targets, b.rows)
 
-    def learn(self, end):
-        """Take in the scored targets before end."""
+
+# SLOT in closed form. A group (a batch, or one window) has a delta on its hidden states h_n and a
+# bias b on its logits before the cap. With E the output matrix, row n's logits are
+#     E (h_n + delta) + b = z_n + s,   z_n = E h_n,   s = E delta + b  [V]
+# so a step of the fit changes the one vector s; the z_n are computed once, as far as KEEP goes.
+# With y_n the target of row n, share_n its weight in the mean and u_n = (z_n + s) / cap:
+#     loss(s)  = sum_n share_n CE(cap tanh(u_n), y_n)
+#     dloss/ds = sum_n share_n (softmax(cap tanh(u_n)) - onehot(y_n)) (1 - tanh(u_n)^2)
+#     dloss/db = dloss/ds,   dloss/ddelta = E^T dloss/ds
+# No backward pass is needed, and nothing of the size of h. The code has tanh(u) = 2 q - 1 with
+# q = sigmoid(2u), so z and s come times 2/cap; a softmax ignores the -cap of cap tanh(u) =
+# 2 cap q - cap; and 1 - tanh(u)^2 = 4 q (1 - q).
 
 
-def slot_gradient(z, targets, shares, shift, cap):
-    """Gradient [G,V] by shift [G,V] of the sum of shares times cross entropies of targets, both [G,n], under cap * tanh((z + shift) /
-    cap). z [G,n,V] and shift come times 2/cap: tanh(x) = 2 sigmoid(2x) - 1, whose -1 a softmax ignores, and 1 - tanh^2 = 4 s (1-s)."""
-    s = (z + shift.unsqueeze(1)).sigmoid_()
-    own, g = (
-        s.gather(2, targets.unsqueeze(2)).squeeze(2),
-        torch.softmax(s * (2 * cap), -1).mul_(torch.addcmul(s, s, s, value=-1)),
-    )
-    return (shares.unsqueeze(1) @ g).squeeze(1).scatter_add_(
-        1, targets, shares * own * (own - 1)
-    ) * 4
+def slot_gradient(z: Tensor, targets: Tensor, shares: Tensor, shift: Tensor, cap: float) -> Tensor:
+    """dloss/ds [G,V] as above, of z [G,n,V], targets and shares [G,n] and s, here shift [G,V].
+
+    z and shift come times 2/cap.
+    """
+    q = (z + shift.unsqueeze(1)).sigmoid_()
+    own = q.gather(2, targets.unsqueeze(2)).squeeze(2)
+    g = torch.softmax(q * (2 * cap), -1).mul_(torch.addcmul(q, q, q, value=-1))
+    columns = (shares.unsqueeze(1) @ g).squeeze(1)
+    return columns.scatter_add_(1, targets, shares * own * (own - 1)) * 4
 
 
-class Slot(Plain):
-    """SLOT (arXiv:2505.12392): a delta [D] on hidden states, with SLOT_BIAS a bias [V] on logits before the cap, fitted by AdamW
-    (eps 1e-5, weight decay 1e-8) for a batch (#1084) or a window (#1303). The logits of h + delta are base logits + W delta, so a
-    step adds one vector, and the gradient of delta is W' times the column sum of the logits' gradient."""
+class Slot(ScoringMethod):
+    """SLOT (arXiv:2505.12392): parameters fitted to a batch (#1084) or a window (#1303), by AdamW.
 
-    TILE, KEEP = 2**18, 2**26  # base logits at once (on a GPU KEEP), and kept
-    WINDOWS = (
-        32  # a window's loss is divided as in a batch of so many (#1303), whatever the batch is
-    )
+    A delta [D] on hidden states and, with SLOT_BIAS, a bias [V] on logits before the cap; AdamW's
+    epsilon is 1e-5 and its weight decay 1e-8. Their state is [4,groups,P]: parameters, both
+    moments, number of steps.
+    """
 
-    def __init__(self, c, run, model, val):
-        super().__init__(c, run, model, val)
-        self.compiled = torch.compile(slot_gradient, dynamic=True) if run.compile else None
-        self.carry, self.tile, self.all_rows = (
-            self.fresh(1),
-            self.KEEP if run.cuda else self.TILE,
-            c.slot_loss in ("all", "context"),
-        )
+    TILE = 2**18  # base logits that a CPU works on at once; a GPU takes KEEP
+    KEEP = 2**26  # base logits kept from step to step; those past it are computed again
+    WINDOWS = 32  # a window's loss is divided as in a batch of so many (#1303), whatever the batch
 
-    def fresh(self, groups):
-        """AdamW's [4,groups,P]: parameters (delta, bias), moments, number of steps."""
-        return torch.zeros(
-            4,
-            groups,
-            self.c.model_dim + self.c.vocab_size * self.c.slot_bias,
-            device=self.run.device,
-        )
+    def __init__(
+        self, c: Config, ranks: Ranks, model: GPT, val: ValData, observer: Observer = SILENT
+    ) -> None:
+        super().__init__(c, ranks, model, val, observer)
+        self.gradient = slot_gradient
+        if ranks.compile:
+            self.gradient = torch.compile(slot_gradient, dynamic=True)
+        self.tile = self.KEEP if ranks.cuda else self.TILE
+        self.all_rows = c.slot_loss in ("all", "context")
+        self.by_window, self.past = c.slot_delta == "window", c.slot_loss == "past"
+        self.carry = self.fresh(1)  # with SLOT_LOSS=past
 
-    def fit_rows(self, firsts, T):
-        """Mask [B,T] of the rows whose targets the parameters are fitted to."""
-        scored = scored_rows(firsts, T)
+    @staticmethod
+    def leaks(c: Config) -> bool:
+        """No leak: past, fitted after it scored, and context if no two windows share a delta."""
+        own = c.slot_delta == "window" or c.slot_batch_seqs == 1
+        return c.slot_loss != "past" and not (c.slot_loss == "context" and own)
+
+    def batch_windows(self) -> int | None:
+        """SLOT_BATCH_SEQS windows, which share a delta unless each has its own."""
+        return self.c.slot_batch_seqs
+
+    def state(self) -> dict[str, Tensor]:
+        """The parameters that are carried on."""
+        return {"carry": self.carry}
+
+    def fresh(self, groups: int) -> Tensor:
+        """AdamW's state [4,groups,P] at zero."""
+        width = self.c.model_dim + self.c.vocab_size * self.c.slot_bias
+        return torch.zeros(4, groups, width, device=self.ranks.device)
+
+    def fit_rows(self, firsts: np.ndarray, length: int) -> np.ndarray:
+        """Mask [B,length] of the rows whose targets the parameters are fitted to."""
         if self.c.slot_loss == "all":
-            scored[:], scored[:, -1] = True, False  # #1084 leaves out the last
+            mask = np.ones((len(firsts), length), bool)
+            mask[:, -1] = False  # #1084 leaves out the last
+            return mask
+        scored = scored_rows(firsts, length)
         return ~scored if self.c.slot_loss == "context" else scored
 
-    def shift(self, state):
-        """Shift [G,V] of the logits."""
-        D = self.c.model_dim
-        return state[0, :, :D] @ self.model.head_weight().float().mT + (
-            state[0, :, D:] if self.c.slot_bias else 0
-        )
+    def usual_rows(self, length: int) -> int:
+        """Rows that a delta of one window is fitted to, in every window but the first."""
+        if self.c.slot_loss == "all":
+            return length - 1
+        scored = self.c.eval_stride
+        return length - scored if self.c.slot_loss == "context" else scored
 
-    def fit(self, h, targets, rows, shares, state):
+    def shift(self, state: Tensor) -> Tensor:
+        """Shift s [G,V] of the logits."""
+        D = self.c.model_dim
+        shift = state[0, :, :D] @ self.model.head_weight().float().mT
+        return shift + state[0, :, D:] if self.c.slot_bias else shift
+
+    def fit(self, h: Tensor, targets: Tensor, rows: Tensor, shares: Tensor, state: Tensor) -> None:
         """Fit state, in place, to shares [G,n] times nats at rows [G,n] of h [*,D], targets [*]."""
-        c, weight, moved, last, kept = self.c, self.model.head_weight().float(), 0.0, 0.0, {}
-        size, factor, low = (
-            len(rows) * c.vocab_size,
-            2 / c.logit_softcap,
-            c.slot_lr if c.slot_lr_min < 0 else c.slot_lr_min,
-        )
-        tiles = [*zip(*(x.split(max(1, self.tile // size), 1) for x in (rows, shares)))]
+        c, weight = self.c, self.model.head_weight().float()
+        factor = 2 / c.logit_softcap
+        size = len(rows) * c.vocab_size  # logits of one row of each group
+        low = c.slot_lr if c.slot_lr_min < 0 else c.slot_lr_min
+        width = max(1, self.tile // size)
+        tiles = list(zip(rows.split(width, 1), shares.split(width, 1), strict=True))
+        kept: dict[int, Tensor] = {}
+        moved: float | Tensor = 0.0  # by the hypergradient
+        last: float | Tensor = 0.0
         for step in range(c.slot_steps):
-            shift, columns = self.shift(state) * factor, 0.0
+            shift = self.shift(state) * factor
+            columns = torch.zeros_like(shift)
             for k, (r, share) in enumerate(tiles):
                 z = kept[k] if k in kept else self.model.project(h[r]).mul_(factor)
-                if (k + 1) * tiles[0][0].size(1) * size <= self.KEEP:
+                if (k + 1) * width * size <= self.KEEP:
                     kept[k] = z
-                columns = columns + (self.compiled or slot_gradient)(
-                    z, targets[r], share, shift, c.logit_softcap
-                )
-            g = torch.cat((columns @ weight, columns), -1) if c.slot_bias else columns @ weight
-            moved, last = moved + c.slot_hyper_lr * (g * last).sum(-1, keepdim=True), g
-            rate = cosine(c.slot_lr, low, step, c.slot_steps) + moved
-            value, m, v, count = state
-            count += 1
-            m.lerp_(g, 0.1)
-            v.lerp_(g.square(), 0.001)
-            debias = [
-                -torch.expm1(count[:, :1] * math.log(beta)) for beta in (0.9, 0.999)
-            ]  # 1 - beta**count, precisely
-            update = m / debias[0] / ((v / debias[1]).sqrt() + 1e-5)
-            value -= rate * (update + 1e-8 * value)
+                columns = columns + self.gradient(z, targets[r], share, shift, c.logit_softcap)
+            g = columns @ weight
+            if c.slot_bias:
+                g = torch.cat((g, columns), -1)
+            moved = moved + c.slot_hyper_lr * (g * last).sum(-1, keepdim=True)
+            last = g
+            self.adam_step(state, g, cosine(c.slot_lr, low, step, c.slot_steps) + moved)
 
-    def nats(self, b):
-        """Nats [R]. With SLOT_LOSS=past ranks call it together: the state goes round."""
-        c, T, past, window, found = (
-            self.c,
-            b.h.size(1),
-            self.c.slot_loss == "past",
-            self.c.slot_delta == "window",
-            [],
-        )
-        mask, usual = (
-            self.fit_rows(b.firsts, T),
-            {"all": T - 1, "context": T - c.eval_stride}.get(c.slot_loss, c.eval_stride),
-        )
-        most = max(1, self.tile // (c.vocab_size * max(1, usual)))  # windows to fit at once
-        most = (1 if past else most) if window else max(1, len(mask))
-        for rank in range(self.run.world if past else 1):
-            for i in range(0, len(mask), most) if rank == self.run.rank or not past else ():
-                h, y, groups = (
-                    b.h[i : i + most],
-                    b.targets[i : i + most],
-                    min(most, len(mask) - i) if window else 1,
-                )
-                m, state = (
-                    mask[i : i + most].reshape(groups, -1),
-                    self.carry if past else self.fresh(groups),
-                )
-                rows = np.argsort(~m, 1, kind="stable")[
-                    :, : m.sum(1).max()
-                ]  # those to fit to, in order, then others
-                shares = np.take_along_axis(m, rows, 1) / (
-                    self.WINDOWS * usual if window else max(1, m.sum())
-                )
-                rows, shares, scored = (
-                    self.run.put(x)
-                    for x in (
-                        rows + np.arange(groups)[:, None] * T,
-                        shares.astype(np.float32),
-                        np.flatnonzero(scored_rows(b.firsts[i : i + most], T)),
-                    )
-                )
-                for work in ("score", "fit") if past else ("fit", "score"):
-                    if work == "score":
-                        found.append(row_nll(self.model, h, y, scored, self.shift(state)))
-                    else:
-                        self.fit(h.flatten(0, 1), y.flatten(), rows, shares, state)
-            if past and self.run.world > 1:
+    @staticmethod
+    def adam_step(state: Tensor, g: Tensor, rate: Tensor) -> None:
+        """One step of AdamW on state [4,G,P], with rates [G,1]."""
+        value, m, v, count = state
+        count += 1
+        m.lerp_(g, 0.1)
+        v.lerp_(g.square(), 0.001)
+        # 1 - beta**count, precisely
+        first, second = (-torch.expm1(count[:, :1] * math.log(beta)) for beta in (0.9, 0.999))
+        update = m / first / ((v / second).sqrt() + 1e-5)
+        value -= rate * (update + 1e-8 * value)
+
+    def nats(self, b: Batch) -> Tensor:
+        """Nats [S]. With SLOT_LOSS=past ranks call it together: the state goes round."""
+        found = [b.h.new_empty(0).float()]  # cat needs one, also on a rank without windows
+        for rank in range(self.ranks.world) if self.past else [self.ranks.rank]:
+            if rank == self.ranks.rank:
+                found += self.group_nats(b)
+            if self.past and self.ranks.world > 1:
                 dist.broadcast(self.carry, rank)
-        return torch.cat([b.h.new_empty(0).float(), *found])
+        return torch.cat(found)
+
+    def group_nats(self, b: Batch) -> Iterator[Tensor]:
+        """Nats of the batch, in parts of the windows that are fitted together."""
+        R = b.h.size(1)
+        mask, usual = self.fit_rows(b.firsts, R), self.usual_rows(R)
+        together = max(1, len(mask))
+        if self.by_window:
+            at_once = max(1, self.tile // (self.c.vocab_size * max(1, usual)))
+            together = 1 if self.past else at_once
+        put = self.ranks.put
+        for i in range(0, len(mask), together):
+            part = slice(i, i + together)
+            h, targets = b.h[part], b.targets[part]
+            groups = len(h) if self.by_window else 1
+            fitted = mask[part].reshape(groups, -1)
+            # of each group the rows to fit to, in order, then others, which have no share
+            rows = np.argsort(~fitted, 1, kind="stable")[:, : fitted.sum(1).max()]
+            divisor = self.WINDOWS * usual if self.by_window else max(1, fitted.sum())
+            shares = np.take_along_axis(fitted, rows, 1) / divisor
+            flat = rows + np.arange(groups)[:, None] * R
+            self.tell(b, i, flat, shares)
+            scored = put(np.flatnonzero(scored_rows(b.firsts[part], R)))
+            share = put(shares.astype(np.float32))
+            data = h.flatten(0, 1), targets.flatten(), put(flat), share
+            if self.past:  # scored first, with what earlier windows left
+                yield row_nll(self.model, h, targets, scored, self.shift(self.carry))
+                self.fit(*data, self.carry)
+            else:
+                state = self.fresh(groups)
+                self.fit(*data, state)
+                yield row_nll(self.model, h, targets, scored, self.shift(state))
+
+    def tell(self, b: Batch, first: int, flat: np.ndarray, shares: np.ndarray) -> None:
+        """Tell the observer what the groups from the batch's window `first` on are fitted to."""
+        R = b.h.size(1)
+        for group, (rows, share) in enumerate(zip(flat, shares, strict=True)):
+            used = rows[share > 0]
+            targets = b.origins[first + used // R] + used % R
+            behind = 1 if self.by_window else len(b.origins)  # a carried state is for later windows
+            self.observer.fitted(targets, b.window + first + group + behind * self.past)
 
 
-class Ctw(Plain):
-    """Context tree weighting over tokens (Willems, Shtarkov, Tjalkens 1995), KT estimator with alpha 1/2, mixed in: (1-w) p + w q, w =
-    CTW_WEIGHT * entropy / ln V where the model's entropy is above the threshold; 0 in the first chunk. Exact at chunk boundaries: P_w =
-    (P_e + product of the children's P_w) / 2. Nodes and (node, target) pairs are numbered once; a chunk updates those it meets, on the CPU."""
+# CTW weighs all context trees up to a depth at once. A node is a context, the last d tokens. With
+# n_a the times that token a followed it, n their sum and alpha = 1/2, it predicts by the KT
+# (Krichevsky-Trofimov) estimate (n_a + alpha) / (n + V alpha), under which all that followed it has
+# the probability
+#     log P_e = sum_a lgamma(n_a + alpha) - V lgamma(alpha) - lgamma(n + V alpha) + lgamma(V alpha)
+# Its weighted probability is P_w = P_e at the largest depth, else (P_e + product of its children's
+# P_w) / 2. A node that met nothing has P_e = P_w = 1. So after a chunk only the nodes that it met
+# change, each by its own counts and its children's change: bottom-up, vectorised, exact. A token's
+# probability is the root's P_w with it over that without it, which unrolls along its context to
+#     q = KT at the largest depth, then upwards  q <- stop KT + (1 - stop) q,  stop = P_e / (2 P_w)
 
-    def __init__(self, c, run, model, val):
-        super().__init__(c, run, model, val)
-        V, self.end, self.levels, tokens = c.vocab_size, 0, [], val.tokens.cpu()
-        padded, node, parent = (
-            F.pad(tokens, (c.ctw_depth, 0), value=V),
-            torch.zeros_like(tokens[1:]),
-            torch.zeros(1, dtype=torch.long),
-        )
+
+@dataclasses.dataclass
+class CtwDepth:
+    """The contexts of one length: numbered nodes, and numbered pairs of a node and a target."""
+
+    node: Tensor  # [N] node of each target's context
+    pair: Tensor  # [N] pair of each target
+    parent: Tensor  # [nodes] among those one shorter
+    owner: Tensor  # [pairs] node
+    pair_count: Tensor  # [pairs] fp64, times met
+    count: Tensor  # [nodes]
+    log_own: Tensor  # [nodes] log P_e
+    log_children: Tensor  # [nodes] log of the product of children's P_w
+    log_weighted: Tensor  # [nodes] log P_w
+
+
+class Ctw(ScoringMethod):
+    """Context tree weighting over tokens (Willems, Shtarkov, Tjalkens 1995), mixed in.
+
+    A score is (1-w) p + w q. Where the model's entropy is above CTW_ENTROPY_THRESHOLD, w is
+    CTW_WEIGHT * entropy / ln V; elsewhere, and in the first chunk, 0. q knows the chunks before and
+    does not move inside one. Kept in fp64 on the CPU. CTW_DEPTH=0 is a unigram cache.
+    """
+
+    learns = True
+
+    def __init__(
+        self, c: Config, ranks: Ranks, model: GPT, val: ValData, observer: Observer = SILENT
+    ) -> None:
+        super().__init__(c, ranks, model, val, observer)
+        self.end = 0  # of the targets that were learnt
+        self.depths: list[CtwDepth] = []
+        V = c.vocab_size
+        tokens = val.tokens.cpu()
+        padded = F.pad(tokens, (c.ctw_depth, 0), value=V)  # V: before the stream
+        node = torch.zeros_like(tokens[1:])
+        parent = torch.zeros(1, dtype=torch.long)
         for d in range(c.ctw_depth + 1):
             if d:
-                keys, node = torch.unique(
-                    node * (V + 1) + padded[c.ctw_depth + 1 - d :][: val.n], return_inverse=True
-                )
+                longer = node * (V + 1) + padded[c.ctw_depth + 1 - d :][: val.n]
+                keys, node = torch.unique(longer, return_inverse=True)
                 parent = keys // (V + 1)
             keys, pair = torch.unique(node * V + tokens[1:], return_inverse=True)
-            count, block, children, weighted = torch.zeros(4, len(parent), dtype=torch.float64)
-            self.levels.append(
-                dict(
-                    node=node,
-                    parent=parent,
-                    pair=pair,
-                    owner=keys // V,
-                    pairs=torch.zeros(len(keys), dtype=torch.float64),
-                    count=count,
-                    block=block,
-                    children=children,
-                    weighted=weighted,
-                )
-            )
+            pair_count = torch.zeros(len(keys), dtype=torch.float64)
+            zeros = torch.zeros(4, len(parent), dtype=torch.float64)
+            depth = CtwDepth(node, pair, parent, keys // V, pair_count, *zeros)
+            self.depths.append(depth)  # zeros: count, log_own, log_children, log_weighted
 
-    def learn(self, end):
-        """Count targets before end, weight the nodes on their paths."""
-        new, self.end, changed = slice(self.end, end), end, None
-        for x in reversed(self.levels):
-            for index, k, sign, alpha in (
-                (x["pair"], x["pairs"], 1, 0.5),
-                (x["node"], x["count"], -1, self.c.vocab_size / 2),
-            ):
-                at, more = torch.unique(index[new], return_counts=True)
-                gain = sign * (torch.lgamma(k[at] + more + alpha) - torch.lgamma(k[at] + alpha))
-                k[at] += more
-                x["block"].index_add_(0, x["owner"][at] if sign > 0 else at, gain)
+    @staticmethod
+    def gain(counts: Tensor, met: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """(places that were met, what lgamma(counts + alpha) rises by there); counts go up."""
+        at, times = torch.unique(met, return_counts=True)
+        before = counts[at]
+        counts[at] += times
+        return at, torch.lgamma(before + times + alpha) - torch.lgamma(before + alpha)
+
+    def learn(self, end: int) -> None:
+        """Count targets before end, and weight the nodes on their paths."""
+        new = slice(self.end, end)
+        self.end = end
+        changed: tuple[Tensor, Tensor] | None = None  # (parents, change of log P_w below them)
+        for x in reversed(self.depths):
+            pairs, gain = self.gain(x.pair_count, x.pair[new], 0.5)
+            x.log_own.index_add_(0, x.owner[pairs], gain)
+            nodes, gain = self.gain(x.count, x.node[new], self.c.vocab_size / 2)
+            x.log_own.index_add_(0, nodes, -gain)
+            weighted = x.log_own[nodes]
             if changed:
-                x["children"].index_add_(0, *changed)
-            now = (
-                torch.logaddexp(x["block"][at], x["children"][at]) - math.log(2)
-                if changed
-                else x["block"][at]
-            )
-            changed, x["weighted"][at] = (x["parent"][at], now - x["weighted"][at]), now
+                x.log_children.index_add_(0, *changed)
+                weighted = torch.logaddexp(weighted, x.log_children[nodes]) - math.log(2)
+            changed = x.parent[nodes], weighted - x.log_weighted[nodes]
+            x.log_weighted[nodes] = weighted
 
-    def probability(self, at):
+    def probability(self, at: Tensor) -> Tensor:
         """q [n] fp64 of targets at these indices of the stream."""
-        q = None
-        for x in reversed(self.levels):
-            node = x["node"][at]
-            kt = (x["pairs"][x["pair"][at]] + 0.5) / (x["count"][node] + self.c.vocab_size / 2)
-            stop = (
-                torch.exp(x["block"][node] - x["weighted"][node]) / 2
-            )  # posterior weight of this context over longer ones
-            q = kt if q is None else stop * kt + (1 - stop) * q
-        return q
+        q: Tensor | float = 0.0
+        for k, x in enumerate(reversed(self.depths)):
+            node = x.node[at]
+            kt = (x.pair_count[x.pair[at]] + 0.5) / (x.count[node] + self.c.vocab_size / 2)
+            stop = torch.exp(x.log_own[node] - x.log_weighted[node]) / 2
+            q = stop * kt + (1 - stop) * q if k else kt
+        return torch.as_tensor(q)
 
-    def nats(self, b):
-        """Nats [R] under the mixture."""
+    def nats(self, b: Batch) -> Tensor:
+        """Nats [S] under the mixture."""
         if not self.end:
-            return super().nats(b)
-        h, y, nats, q = (
-            b.h.flatten(0, 1),
-            b.targets.flatten(),
-            [],
-            self.probability(b.at.cpu()).log().to(b.h.device, torch.float32),
-        )
-        for r, q in zip(b.rows.split(1024), q.split(1024)):
+            return row_nll(self.model, b.h, b.targets, b.rows)
+        c, h, targets = self.c, b.h.flatten(0, 1), b.targets.flatten()
+        log_q = self.probability(b.at.cpu()).log().to(h.device, torch.float32)
+        nats = []
+        for r, q in zip(b.rows.split(1024), log_q.split(1024), strict=True):
             logp = self.model.cap(self.model.project(h[r])).log_softmax(-1)
-            own, entropy = logp.gather(1, y[r, None])[:, 0], -(logp.exp() * logp).sum(-1)
-            w = (
-                self.c.ctw_weight
-                / math.log(logp.size(1))
-                * entropy
-                * (entropy > self.c.ctw_entropy_threshold)
-            )
-            nats.append(
-                -torch.where(w > 0, torch.logaddexp(own + torch.log1p(-w), q + w.log()), own)
-            )
+            own = logp.gather(1, targets[r, None])[:, 0]
+            entropy = -(logp.exp() * logp).sum(-1)
+            w = c.ctw_weight / math.log(logp.size(1)) * entropy
+            w = w * (entropy > c.ctw_entropy_threshold)
+            # where w is 0 this is own, to the bit
+            nats.append(-torch.logaddexp(own + torch.log1p(-w), q + w.log()))
         return torch.cat(nats)
 
 
-METHODS = {"slot": Slot, "ctw": Ctw}  # by the end of an evaluator's name
+def broken_conditions(c: Config, label: str) -> str:
+    """Which conditions of C1 to C4 (issue #1017) an evaluator breaks, "" if it is causal.
+
+    C1: given the weights that a pass begins with, a probability depends on the past alone. C2:
+    probabilities sum to 1. C3: nothing is fitted to a target before it was scored. C4: each target
+    is scored once, which score() makes sure of.
+    """
+    leak = ScoringMethod.BY_NAME[EVALUATORS[label].method].leaks(c)
+    # a fit that sees the target favours whichever it is: over all targets that sums to more than 1
+    broken = ["C1", "C2"] if leak else []
+    if leak or c.prequant_ttt_enabled:
+        broken.append("C3")
+    return ",".join(broken)
 
 
-def broken_conditions(c, label):
-    """Which conditions of C1 to C4 (challenge issue #1017) an evaluator breaks, "" if it is causal. SLOT is if it fits to what earlier
-    windows scored, none of which shares its delta."""
-    own = c.slot_delta == "window" or c.slot_batch_seqs == 1
-    leak = (
-        label.endswith("slot") and c.slot_loss != "past" and not (c.slot_loss == "context" and own)
-    )
-    return ",".join(["C1", "C2"] * leak + ["C3"] * (leak or c.prequant_ttt_enabled))
+# ==================================================================================================
+# 14. Test-time training and evaluators
+#
+# Score-first TTT (#549): the stream is cut into chunks; the windows of a chunk are scored, then the
+# model trains on it, then come those of the next. Evaluators with the same windows and training
+# share a pass. A pass can be stopped at any batch and resumed.
+# ==================================================================================================
 
 
-# ---------- evaluators
+CPU_TOKENS = 4096  # of a forward, which a CPU's cache likes
+
+
+def micro_batches(ranks: Ranks, sequences: int, length: int) -> int:
+    """The fewest equal parts of a rank's sequences that fit: what a forward gets at once.
+
+    The limit on a GPU is the record's on 8 of them, whatever the world size.
+    """
+    limit = 98304 if ranks.cuda else CPU_TOKENS
+    for n in range(1, sequences):
+        if sequences % n == 0 and sequences // n * length <= limit:
+            return n
+    return sequences
+
+
 class ChunkTrainer:
-    """Trains on scored text: score-first test-time training (#549)."""
+    """Trains the model on stretches of the validation stream."""
 
-    def __init__(self, c, run, model, optimizer, frozen_blocks):
-        self.c, self.run, self.model, self.params, self.frozen = (
-            c,
-            run,
-            model,
-            list(model.parameters()),
-            [],
-        )
-        self.optimizer, sizes = optimizer(self.params), [p.numel() for p in self.params]
-        self.grad = torch.zeros(
-            sum(sizes), device=run.device
-        )  # all gradients, to clear, sum and clip as one
-        for (name, p), part in zip(model.named_parameters(), self.grad.split(sizes)):
-            p.grad, names = part.view_as(p), matrix_names(name, c.num_layers)
-            rows = [
-                i
-                for i, n in enumerate(names)
-                if n.startswith("blocks.") and int(n.split(".")[1]) < frozen_blocks
-            ]
-            if rows:  # of a bank; another tensor freezes whole
-                self.frozen.append((p, rows if name in BANKS else slice(None)))
+    def __init__(
+        self,
+        c: Config,
+        ranks: Ranks,
+        model: GPT,
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        frozen_blocks: int,
+    ) -> None:
+        self.c, self.ranks, self.model = c, ranks, model
+        params = list(model.parameters())
+        self.optimizer = optimizer(params)
+        sizes = [p.numel() for p in params]
+        # all gradients in one tensor, to clear, sum and clip as one
+        self.grad = torch.zeros(sum(sizes), device=ranks.device)
+        self.frozen: list[Tensor] = []  # views of it
+        parts = self.grad.split(sizes)
+        for (name, p), part in zip(model.named_parameters(), parts, strict=True):
+            p.grad = part.view_as(p)
+            matrices = split_banks({name: p.grad}, c.num_layers)
+            for matrix, gradient in matrices.items():
+                if matrix.startswith("blocks.") and int(matrix.split(".")[1]) < frozen_blocks:
+                    self.frozen.append(gradient)
 
-    def train(self, tokens, begin, end, rate, epochs):
-        """Passes over targets begin to end in sequences of EVAL_SEQ_LEN; the last may reach back for context, counting only its own targets."""
+    def train(self, tokens: Tensor, begin: int, end: int, *, rate: float, epochs: int) -> None:
+        """Passes over targets begin to end of the stream, in sequences of EVAL_SEQ_LEN.
+
+        The last sequence may reach back for context; only its own targets count.
+        """
         T, size = self.c.eval_seq_len, self.c.ttt_batch_seqs
         starts = np.arange(begin, end, T)
         reach = max(0, int(starts[-1]) + T - end)
         starts[-1] -= reach
-        rows = tokens[self.run.put(starts[:, None] + np.arange(T + 1))]
+        rows = tokens[self.ranks.put(starts[:, None] + np.arange(T + 1))]
         inputs, targets = rows[:, :-1], rows[:, 1:].clone()
         targets[-1, :reach] = -100
         self.optimizer.param_groups[0]["lr"] = rate
         for i in [*range(0, len(rows), size)] * epochs:
-            mine = slice(i + self.run.rank, i + size, self.run.world)
+            mine = slice(i + self.ranks.rank, i + size, self.ranks.world)
             self.step(inputs[mine], targets[mine], (targets[i : i + size] >= 0).sum())
 
-    def step(self, inputs, targets, count):
+    def step(self, inputs: Tensor, targets: Tensor, count: Tensor) -> None:
         """A step on the mean over the count targets of all ranks; one may hold none."""
         self.grad.zero_()
-        n = micro_batches(self.run, len(inputs), self.c.eval_seq_len) if len(inputs) else 0
-        for ids, goal in zip(inputs.chunk(n), targets.chunk(n)) if n else ():
-            (self.model(ids, goal, "sum") / count).backward()
-        self.run.sum(self.grad)
-        for p, rows in self.frozen:
-            p.grad[rows] = 0
+        if len(inputs):
+            n = micro_batches(self.ranks, len(inputs), self.c.eval_seq_len)
+            for ids, goal in zip(inputs.chunk(n), targets.chunk(n), strict=True):
+                (self.model(ids, goal, "sum") / count).backward()
+        self.ranks.sum(self.grad)
+        for gradient in self.frozen:
+            gradient.zero_()
         if self.c.ttt_grad_clip:
             self.grad *= (self.c.ttt_grad_clip / (self.grad.norm() + 1e-6)).clamp(max=1)
         self.optimizer.step()
 
 
-class Progress:
-    """What a pass of evaluation goes on from: the nats so far and live tensors, saved when 30 times what that costs has passed."""
+class Stopwatch:
+    """Seconds of a pass, in all and by method; a resumed pass's include those before the stop.
 
-    def __init__(self, c, run, kind):
-        self.c, self.run, self.kind, self.cost, self.last, self.began = (
-            c,
-            run,
-            kind,
-            0.02,
-            perf_counter(),
-            perf_counter(),
-        )
-        self.poll, self.moments = Poll(run), []
+    Moments are device events, read in by_method(), so that taking one does not wait.
+    """
 
-    def resume(self, out, live):
-        """The window to go on with, after taking in the newest file, if there is one. Ranks sum out in the end."""
-        tensors, counters = (
-            self.run.restore(self.kind),
-            torch.zeros(len(out) + 1, dtype=torch.double),
-        )
-        if tensors:
-            n = tensors["nats"].size(-1) if "nats" in tensors else 0
-            copy_tensors({**live, "counters": counters, "nats": out[:, :n]}, tensors, self.kind)
-            out *= self.run.rank == 0
-        window, seconds, *self.spent = counters.tolist()
-        self.began -= seconds
+    def __init__(self, ranks: Ranks, methods: int) -> None:
+        self.ranks = ranks
+        self.began = perf_counter()
+        self.spent = np.zeros(methods)
+        self.moments: list[list[Any]] = []  # [methods + 1] around the methods' work
+
+    def elapsed(self) -> float:
+        """Seconds of the pass."""
+        return perf_counter() - self.began
+
+    def by_method(self) -> np.ndarray:
+        """Seconds [methods] of each method."""
+        self.ranks.synchronize()
+        for moments in self.moments:
+            for k, (a, b) in enumerate(pairwise(moments)):
+                self.spent[k] += a.elapsed_time(b) / 1000 if self.ranks.cuda else b - a
+        self.moments = []
+        return self.spent.copy()
+
+    def resume(self, elapsed: float, spent: Sequence[float]) -> None:
+        """Take in the seconds of before."""
+        self.began -= elapsed
+        self.spent = np.array(spent)
+
+
+class PassCheckpoint:
+    """What a pass is resumed from: nats so far and live tensors.
+
+    Saved when thirty times what saving costs has passed.
+    """
+
+    def __init__(self, c: Config, run: Run, kind: str) -> None:
+        self.c, self.run, self.kind = c, run, kind
+        self.cost, self.last = 0.02, perf_counter()  # seconds
+        self.poll = Poll(run.ranks)
+
+    def resume(self, out: Tensor, live: Mapping[str, Tensor], watch: Stopwatch) -> int:
+        """The window to go on with, after taking in the newest file, if there is one."""
+        tensors = self.run.store.restore(self.kind)
+        if not tensors:
+            return 0
+        counters = torch.zeros(len(out) + 1, dtype=torch.double)
+        n = tensors["nats"].size(-1) if "nats" in tensors else 0
+        own = {**live, "counters": counters, "nats": out[:, :n]}
+        copy_tensors(own, tensors, self.kind)
+        out *= self.run.ranks.rank == 0  # ranks sum it in the end
+        window, elapsed, *spent = counters.tolist()
+        watch.resume(elapsed, spent)
         return int(window)
 
-    def seconds(self):
-        """Seconds [K] spent on each method."""
-        self.run.synchronize()
-        for moments in self.moments:
-            self.spent = [
-                old + (a.elapsed_time(b) / 1000 if self.run.cuda else b - a)
-                for old, a, b in zip(self.spent, moments, moments[1:])
-            ]
-        self.moments = []
-        return np.array(self.spent)
+    def mark(self, window: int, out: Tensor, live: Mapping[str, Tensor], watch: Stopwatch) -> None:
+        """Before a batch, on all ranks together: save if it is time, or stop.
 
-    def mark(self, window, out, live):
-        """Before a batch on all ranks, out being whole for the windows before: save it if it is time, end if a signal came."""
+        out [jobs+1,n] has all targets before this batch, once the ranks' are summed.
+        """
         now = perf_counter()
-        due, stop, *_ = self.poll.ask(
-            bool(self.c.save_every) and now > self.last + 30 * self.cost
-        ) or (0, 0)
-        if (due or stop) and out.size(1):
-            seconds, nats = self.seconds(), out.clone(memory_format=torch.contiguous_format)
-            counters = torch.tensor([window, now - self.began, *seconds], dtype=torch.double)
-            self.run.save(
-                self.kind, window, {**live, "counters": counters, "nats": self.run.sum(nats)}
-            )
+        due = bool(self.c.save_every) and now > self.last + 30 * self.cost
+        due_for_all, stop, *_ = self.poll.ask(due) or (0, 0)
+        if (due_for_all or stop) and out.size(1):
+            spent = watch.by_method()
+            counters = torch.tensor([window, now - watch.began, *spent], dtype=torch.double)
+            nats = self.run.ranks.sum(out.clone(memory_format=torch.contiguous_format))
+            self.run.store.save(self.kind, window, {**live, "counters": counters, "nats": nats})
             self.last = perf_counter()
             self.cost = self.last - now
-        stop and self.run.stop()
+        if stop:
+            self.run.stop()
 
 
-def tokens_at_once(c, run):
-    """Tokens of a forward that a CPU's cache or half of a GPU's memory holds."""
-    a_token = run.dtype.itemsize * c.model_dim * (16 + c.num_layers // 2 + 4 * c.mlp_mult)
-    return (
-        int(torch.cuda.get_device_properties(run.device).total_memory / 2 / a_token)
-        if run.cuda
-        else 4096
-    )
+def tokens_at_once(c: Config, ranks: Ranks) -> int:
+    """Tokens of a forward that a CPU's cache, or half of a GPU's memory, holds."""
+    if not ranks.cuda:
+        return CPU_TOKENS
+    # bytes: what a block keeps, the skips, and the inside of the MLP
+    a_token = ranks.dtype.itemsize * c.model_dim * (16 + c.num_layers // 2 + 4 * c.mlp_mult)
+    return int(torch.cuda.get_device_properties(ranks.device).total_memory / 2 / a_token)
+
+
+class Pass:
+    """A pass over the stream: its windows, the methods that score them, and the nats so far."""
+
+    def __init__(
+        self,
+        run: Run,
+        model: GPT,
+        val: ValData,
+        jobs: Sequence[tuple[str, Config]],
+        observer: Observer,
+    ) -> None:
+        """Raises ValueError for jobs that need batches of different sizes."""
+        label, c = jobs[0]
+        self.c, self.ranks, self.model, self.val = c, run.ranks, model, val
+        self.observer = observer
+        evaluator = EVALUATORS[label]
+        self.methods = [
+            ScoringMethod.BY_NAME[EVALUATORS[name].method](config, run.ranks, model, val, observer)
+            for name, config in jobs
+        ]
+        wanted = {n for n in (m.batch_windows() for m in self.methods) if n is not None}
+        if len(wanted) > 1:
+            raise ValueError(f"evaluators of one pass need batches of {sorted(wanted)} windows")
+        at_once = min(c.val_batch_size // run.ranks.world, tokens_at_once(c, run.ranks))
+        self.batch_windows = wanted.pop() if wanted else max(1, at_once // c.eval_seq_len)
+        stride = c.eval_stride if evaluator.sliding else c.eval_seq_len
+        self.starts, self.firsts = plan_windows(val.n, c.eval_seq_len, stride)
+        chunked = evaluator.ttt or any(method.learns for method in self.methods)
+        # a window belongs to the chunk of its first scored target
+        self.chunk_of = (self.starts + self.firsts) // (c.ttt_chunk_tokens if chunked else val.n)
+        self.chunks = int(self.chunk_of[-1]) + 1
+        # a row of nats for each method, and how often each target was scored
+        self.out = torch.zeros(len(jobs) + 1, val.n, device=run.ranks.device)
+        self.trainer: ChunkTrainer | None = None
+        if evaluator.ttt:
+            sgd = functools.partial(torch.optim.SGD, momentum=c.ttt_momentum)
+            self.trainer = ChunkTrainer(c, run.ranks, model, sgd, c.ttt_freeze_blocks)
+
+    def live_tensors(self) -> dict[str, Tensor]:
+        """What changes while the pass goes on, but for the nats, by name."""
+        live = {
+            f"{name}.{k}": t
+            for k, method in enumerate(self.methods)
+            for name, t in method.state().items()
+        }
+        if self.trainer:
+            for name, p in self.model.named_parameters():
+                # made now: something to save, or to restore into, before SGD's first step
+                momentum = torch.zeros_like(p)
+                self.trainer.optimizer.state[p]["momentum_buffer"] = momentum
+                live |= {name: p, f"momentum.{name}": momentum}
+        return live
+
+    def learn(self, chunk: int) -> list[Any]:
+        """Let methods learn from a scored chunk; moments [methods + 1] around them."""
+        begin, end = chunk * self.c.ttt_chunk_tokens, (chunk + 1) * self.c.ttt_chunk_tokens
+        moments = [self.ranks.moment()]
+        for method in self.methods:
+            if method.learns:
+                self.observer.learned(begin, end)
+            method.learn(end)
+            moments.append(self.ranks.moment())
+        return moments
+
+    def train(self, chunk: int) -> None:
+        """Train on a scored chunk, if the pass does."""
+        if self.trainer:
+            c = self.c
+            begin, end = chunk * c.ttt_chunk_tokens, (chunk + 1) * c.ttt_chunk_tokens
+            self.observer.learned(begin, end)
+            rate = cosine(c.ttt_lr, 0, chunk, self.chunks)
+            self.trainer.train(self.val.tokens, begin, end, rate=rate, epochs=c.ttt_epochs)
 
 
 @torch.no_grad()
-def score_batch(c, run, model, val, starts, firsts, pad_to, methods, out):
-    """Score windows into out [K+1,N], a row for each method, the last counts. -> moments [K+1] around the methods."""
+def score_batch(work: Pass, windows: slice) -> list[Any]:
+    """Score some windows of a pass into its array; moments [methods + 1] around the methods."""
+    c, ranks = work.c, work.ranks
+    starts, firsts = work.starts[windows], work.firsts[windows]
+    work.observer.scoring(starts, firsts)
     T, n = c.eval_seq_len, len(starts)
-    tail = (
-        T
-        if any(method.all_rows for method in methods) or firsts.min(initial=T) < T - c.eval_stride
-        else c.eval_stride
-    )
-    rows = np.flatnonzero(scored_rows(firsts - (T - tail), tail))
-    at = run.put((starts[:, None] + np.arange(T - tail, T)).ravel()[rows])
-    if run.compile and n:
-        starts = starts[
-            np.minimum(np.arange(pad_to), n - 1)
-        ]  # whole batches only: one shape is compiled
-    tokens = val.tokens.unfold(0, T + 1, 1)[run.put(starts)]
-    h = (
-        model.hidden(tokens[:, :-1], tail)[:n]
-        if n
-        else torch.empty(0, tail, c.model_dim, device=run.device)
-    )
-    batch, moments = (
-        Batch(h, tokens[:n, T + 1 - tail :], firsts - (T - tail), at, run.put(rows)),
-        [run.moment()],
-    )
-    for k, method in enumerate(methods):
-        out[k, at] = method.nats(batch)
-        moments.append(run.moment())
-    out[-1].index_add_(0, at, torch.ones_like(out[-1, at]))  # += would count doubles once
+    tail = c.eval_stride  # rows that are looked at: more in the first window, or for some methods
+    if any(method.all_rows for method in work.methods) or firsts.min(initial=T) < T - tail:
+        tail = T
+    origins, firsts = starts + T - tail, firsts - (T - tail)
+    rows = np.flatnonzero(scored_rows(firsts, tail))
+    at = ranks.put((origins[:, None] + np.arange(tail)).ravel()[rows])
+    padded = starts
+    if ranks.compile and n:  # whole batches only: one shape is compiled
+        padded = starts[np.minimum(np.arange(work.batch_windows), n - 1)]
+    tokens = work.val.tokens.unfold(0, T + 1, 1)[ranks.put(padded)]
+    h = torch.empty(0, tail, c.model_dim, device=ranks.device)
+    if n:
+        h = work.model.hidden(tokens[:, :-1], tail)[:n]
+    targets = tokens[:n, T + 1 - tail :]
+    batch = Batch(h, targets, firsts, at, ranks.put(rows), origins, windows.start)
+    moments = [ranks.moment()]
+    for k, method in enumerate(work.methods):
+        work.out[k, at] = method.nats(batch)
+        moments.append(ranks.moment())
+    once = torch.ones_like(work.out[-1, at])
+    work.out[-1].index_add_(0, at, once)  # += would count doubles once
     return moments
 
 
-def score(run, model, val, jobs, progress=None):
-    """[(nats [N] fp32, seconds)] of jobs [(label, Config)] in one pass with the first one's windows and TTT, which changes the weights.
-    With progress it can be ended and gone on with. Raises Fault unless each target was scored once (C4)."""
-    (label, c), T, names = (
-        jobs[0],
-        jobs[0][1].eval_seq_len,
-        "+".join(dict.fromkeys(job[0] for job in jobs)),
-    )
-    clock = progress or Progress(c, run, "")
-    methods = [
-        METHODS.get(label.split("_")[-1], Plain)(config, run, model, val) for label, config in jobs
-    ]
-    (size,) = {config.slot_batch_seqs for name, config in jobs if name.endswith("slot")} or {
-        max(1, min(c.val_batch_size // run.world, tokens_at_once(c, run)) // T)
-    }
-    starts, firsts = plan_windows(val.n, T, T if label == "roundtrip" else c.eval_stride)
-    ttt, shown, resumed = label.startswith("ttt"), perf_counter(), 0
-    chunk = (starts + firsts) // (
-        c.ttt_chunk_tokens if ttt or "ctw" in names else val.n
-    )  # that of its first scored target
-    out, clock.spent, chunks = (
-        torch.zeros(len(jobs) + 1, val.n, device=run.device),
-        [0.0] * len(jobs),
-        int(chunk[-1]) + 1,
-    )
-    trainer = (
-        ChunkTrainer(
-            c,
-            run,
-            model,
-            functools.partial(torch.optim.SGD, momentum=c.ttt_momentum),
-            c.ttt_freeze_blocks,
-        )
-        if ttt
-        else None
-    )
-    live = {
-        f"carry.{k}": method.carry for k, method in enumerate(methods) if hasattr(method, "carry")
-    }
-    for name, p in model.named_parameters() if ttt else ():
-        live[name], live["momentum." + name] = p, torch.zeros_like(p)
-        trainer.optimizer.state[p]["momentum_buffer"] = live["momentum." + name]
-    if progress:
-        resumed = progress.resume(out, live)
-    for i in range(chunks):
-        begin, end = np.searchsorted(chunk, [i, i + 1])
-        for b in range(max(begin, resumed), end, run.world * size):
-            if progress:
-                progress.mark(b, out[:, : starts[b] + firsts[b]], live)
-            first = min(b + run.rank * size, end)
-            batch = slice(first, min(first + size, end))  # empty on some ranks at the end
-            clock.moments.append(
-                score_batch(c, run, model, val, starts[batch], firsts[batch], size, methods, out)
-            )
-            if perf_counter() - shown > 2:
-                shown, _ = perf_counter(), clock.seconds()  # or moments pile up
-                run.log(
-                    f"progress:{names} window:{batch.stop}/{len(starts)} chunk:{i + 1}/{chunks} seconds:{shown - clock.began:.1f}"
+def score(
+    run: Run,
+    model: GPT,
+    val: ValData,
+    jobs: Sequence[tuple[str, Config]],
+    *,
+    watch: Stopwatch | None = None,
+    checkpoint: PassCheckpoint | None = None,
+    observer: Observer = SILENT,
+) -> list[tuple[Tensor, float]]:
+    """[(nats [N] fp32, seconds)] of jobs [(evaluator, Config)], in one pass.
+
+    It has the first job's windows and TTT, which changes the weights. With a checkpoint it can be
+    stopped and resumed. Raises Fault unless each target was scored once (C4).
+    """
+    work = Pass(run, model, val, jobs, observer)
+    names = "+".join(dict.fromkeys(name for name, _ in jobs))
+    ranks, size, out = run.ranks, work.batch_windows, work.out
+    watch = watch or Stopwatch(ranks, len(jobs))
+    shown_at, resumed = perf_counter(), 0
+    live = work.live_tensors()
+    if checkpoint:
+        resumed = checkpoint.resume(out, live, watch)
+    for chunk in range(work.chunks):
+        begin, end = np.searchsorted(work.chunk_of, [chunk, chunk + 1]).tolist()
+        for b in range(max(begin, resumed), end, ranks.world * size):
+            if checkpoint:
+                checkpoint.mark(b, out[:, : work.starts[b] + work.firsts[b]], live, watch)
+            first = min(b + ranks.rank * size, end)  # some ranks have none at the end
+            windows = slice(first, min(first + size, end))
+            watch.moments.append(score_batch(work, windows))
+            if perf_counter() - shown_at > 2:
+                shown_at = perf_counter()
+                watch.by_method()  # or moments pile up
+                run.log.line(
+                    f"progress:{names} window:{windows.stop}/{len(work.starts)}"
+                    f" chunk:{chunk + 1}/{work.chunks} seconds:{watch.elapsed():.1f}"
                 )
-        if i + 1 < chunks:  # the last chunk is scored only
-            text = i * c.ttt_chunk_tokens, (i + 1) * c.ttt_chunk_tokens
-            clock.moments.append([run.moment()])
-            for method in methods:
-                method.learn(text[1])
-                clock.moments[-1].append(run.moment())
-            if ttt and resumed < end:
-                trainer.train(val.tokens, *text, cosine(c.ttt_lr, 0, i, chunks), c.ttt_epochs)
-    run.sum(out)
-    refuse(
-        not bool((out[-1] == 1).all()),
-        f"{names}: {int((out[-1] != 1).sum())} of {val.n} targets were not scored exactly once",
-        Fault,
-    )
-    spent, clock.total = clock.seconds(), perf_counter() - clock.began
-    return [(out[k], clock.total - spent.sum() + spent[k]) for k in range(len(jobs))]
+        if chunk + 1 < work.chunks:  # the last chunk is scored only
+            watch.moments.append(work.learn(chunk))
+            if resumed < end:
+                work.train(chunk)
+    ranks.sum(out)
+    wrong = int((out[-1] != 1).sum())
+    if wrong:
+        raise Fault(f"{names}: {wrong} of {val.n} targets were not scored exactly once")
+    spent = watch.by_method()  # waits for the device: before the pass's own time is read
+    total = watch.elapsed()
+    # a job's seconds leave out what only the other jobs of the pass did
+    return [(out[k], total - spent.sum() + spent[k]) for k in range(len(jobs))]
 
 
-def mean_and_bpb(val, nats):
+def mean_and_bpb(val: ValData, nats: Tensor) -> tuple[float, float]:
     """(nats a token, bits a byte) of nats [N]."""
     loss = nats.double().mean().item()
     return loss, loss / math.log(2) * val.n / val.total_bytes
 
 
-def evaluate(c, run, model, val, weights, labels):
-    """Run evaluators on the model, whose weights are put back, and log a result line for each."""
-    passes = {}
+def evaluate(
+    c: Config, run: Run, model: GPT, val: ValData, weights: str, *, labels: Sequence[str]
+) -> None:
+    """Run evaluators on the model, whose weights are put back, and log a result line for each.
+
+    weights says which they are: "float" as trained, "artifact" as read back. What was logged before
+    a restart is not done again.
+    """
+    passes: dict[tuple[bool, bool], list[str]] = {}
     for label in labels:
-        passes.setdefault((label == "roundtrip", label.startswith("ttt")), []).append(label)
-    for group in (
-        group
-        for group in passes.values()
-        if any(f"final_{weights}_{label}" not in run.rows for label in group)
-    ):
-        progress = Progress(c, run, f"progress_{weights}_{'+'.join(group)}")
+        key = EVALUATORS[label].sliding, EVALUATORS[label].ttt
+        passes.setdefault(key, []).append(label)
+    for group in passes.values():
+        missing = [label for label in group if f"final_{weights}_{label}" not in run.log.rows]
+        if not missing:
+            continue
+        name = f"{weights}_{'+'.join(group)}"
+        checkpoint = PassCheckpoint(c, run, f"progress_{name}")
         with put_back(model.parameters()):
-            results = score(run, model, val, [(label, c) for label in group], progress)
-        run.metric(f"pass_{weights}_{'+'.join(group)}", eval_time=1000 * progress.total)
-        for label, (nats, seconds) in (
-            r for r in zip(group, results) if f"final_{weights}_{r[0]}" not in run.rows
-        ):
-            loss, bpb = mean_and_bpb(val, nats)
-            broken = broken_conditions(c, label)
-            if c.save_nll and run.rank == 0 and weights == "artifact":
-                np.save(buffer := BytesIO(), nats.double().cpu().numpy())
-                write_file(run.folder / f"nll_{label}.npy", [buffer.getvalue()])
-            run.metric(
-                f"final_{weights}_{label}",
-                val_loss=loss,
-                val_bpb=bpb,
-                tokens=val.n,
-                bytes=val.total_bytes,
-                causal=not broken,
-                eval_time=1000 * seconds,
-                **({"breaks": broken} if broken else {}),
-            )
-        run.saving.result()
-        for path in run.saved("progress_*") if run.rank == 0 else ():
-            path.unlink()
+            jobs = [(label, c) for label in group]
+            watch = Stopwatch(run.ranks, len(jobs))
+            results = score(run, model, val, jobs, watch=watch, checkpoint=checkpoint)
+            total = watch.elapsed()
+        run.log.metric(f"pass_{name}", eval_time=1000 * total)
+        for label, (nats, seconds) in zip(group, results, strict=True):
+            if label in missing:
+                log_result(c, run, val, weights, label, nats=nats, seconds=seconds)
+        run.store.wait()
+        if run.ranks.rank == 0:
+            for path in run.store.paths("progress_*"):
+                path.unlink()
 
 
-def train_on_validation(c, run, model, val):
-    """Pre-quantisation TTT (#1488): AdamW on tokens before they are scored."""
-    trainer = ChunkTrainer(
-        c,
-        run,
-        model,
-        functools.partial(torch.optim.AdamW, weight_decay=0.0),
-        c.prequant_ttt_freeze_blocks,
-    )
-    began, rate = perf_counter(), c.prequant_ttt_lr
-    for epoch in range(c.prequant_ttt_epochs):
-        trainer.train(
-            val.tokens, 0, val.n, cosine(rate, rate / 10, epoch, c.prequant_ttt_epochs), 1
-        )
-        run.log(
-            f"prequant_ttt:epoch {epoch + 1}/{c.prequant_ttt_epochs} seconds:{perf_counter() - began:.1f}"
-        )
-        Poll(run, 0).ask()[1] and run.stop()
+def log_result(
+    c: Config, run: Run, val: ValData, weights: str, label: str, *, nats: Tensor, seconds: float
+) -> None:
+    """Log the result line of an evaluator; with SAVE_NLL an artifact's nats are kept."""
+    loss, bpb = mean_and_bpb(val, nats)
+    broken = broken_conditions(c, label)
+    if c.save_nll and run.ranks.rank == 0 and weights == "artifact":
+        buffer = BytesIO()
+        np.save(buffer, nats.double().cpu().numpy())
+        path = run.log.folder / f"nll_{label}.npy"
+        write_file(path, [buffer.getvalue()], run.log.remedy())
+    figures: dict[str, Any] = dict(val_loss=loss, val_bpb=bpb, tokens=val.n, bytes=val.total_bytes)
+    figures |= dict(causal=not broken, eval_time=1000 * seconds)
+    if broken:
+        figures["breaks"] = broken
+    run.log.metric(f"final_{weights}_{label}", **figures)
+
+
+def train_on_validation(c: Config, run: Run, model: GPT, val: ValData) -> None:
+    """Pre-quantisation TTT (#1488): AdamW on tokens before they are scored. Breaks C3."""
+    adam = functools.partial(torch.optim.AdamW, weight_decay=0.0)
+    trainer = ChunkTrainer(c, run.ranks, model, adam, c.prequant_ttt_freeze_blocks)
+    began, high, epochs = perf_counter(), c.prequant_ttt_lr, c.prequant_ttt_epochs
+    for epoch in range(epochs):
+        rate = cosine(high, high / 10, epoch, epochs)
+        trainer.train(val.tokens, 0, val.n, rate=rate, epochs=1)
+        seconds = perf_counter() - began
+        run.log.line(f"prequant_ttt:epoch {epoch + 1}/{epochs} seconds:{seconds:.1f}")
+        answer = Poll(run.ranks, lag=0).ask()
+        if answer and answer[1]:
+            run.stop()
     model.zero_grad(set_to_none=True)
 
 
-# ---------- training
-def start_qat(c, run, model, data, optimizer):
-    """Fix the grid that the export would take now for quantisation-aware training (QAT)."""
-    grid = None if c.quant == "gptq_lite" else calibrate(c, run, model, data)[0]
-    quantizer = Quantizer(c, model.state_dict(), grid)
-    optimizer.qat_step = quantizer.search(c.artifact_bytes - Path(__file__).stat().st_size)
-    for name, t in optimizer.grid.items():
-        t.copy_(torch.cat(quantizer.steps(name, optimizer.qat_step)))
+# ==================================================================================================
+# 15. Late QAT
+#
+# Quantisation-aware training: from the step at which rates have fallen to LATE_QAT_THRESHOLD the
+# forward sees weights rounded to the nearest level of the grid that the export would have taken at
+# that step, and the gradient there moves the weights themselves ("straight-through").
+# ==================================================================================================
 
 
-@torch.no_grad()
-def round_weights(c, model, optimizer):
-    """Put what the export makes of them into the weights. Straight-through: the gradient there updates the kept ones."""
-    for name, w in split_banks(dict(model.named_parameters()), c.num_layers).items():
-        if (kind := level_kind(c, name, c.quant == "gptq_lite")) in LEVELS:
-            if c.quant == "gptq_lite":
-                scale = row_scales(w, LEVELS[kind]).clamp_min(
-                    optimizer.qat_step if kind == "int6" else 0
-                )
+class LateQat:
+    """The grid that training rounds to, once it is on."""
+
+    def __init__(self, c: Config, model: GPT) -> None:
+        self.c, self.model = c, model
+        self.step_size = 0.0  # 0: off
+        self.grid: dict[str, Tensor] = {}  # Calibration's; GPTQ-lite has none
+        if c.late_qat and c.quant != "gptq_lite":
+            for name, w in self.matrices().items():
+                self.grid[name] = torch.zeros(sum(w.shape), dtype=torch.int8, device=w.device)
+
+    def matrices(self) -> dict[str, Tensor]:
+        """The model's tensors that are quantised, as views, by name."""
+        params = split_banks(dict(self.model.named_parameters()), self.c.num_layers)
+        return {name: w for name, w in params.items() if parameter_rule(name).export in LEVELS}
+
+    def start(self, ranks: Ranks, data: TrainData) -> None:
+        """Fix the grid that the export would take now."""
+        calibration = None
+        if self.c.quant != "gptq_lite":
+            calibration = calibrate(self.c, ranks, self.model, data)
+        quantizer = make_quantizer(self.c, self.model.state_dict(), calibration)
+        self.step_size = quantizer.search(bytes_for_weights(self.c))
+        for name, exponents in self.grid.items():
+            exponents.copy_(torch.cat(quantizer.step_codes(name, self.step_size)))
+
+    def calibration(self) -> Calibration | None:
+        """The grid, for the export, if it is on and has one."""
+        return Calibration(self.grid, {}) if self.step_size and self.grid else None
+
+    @contextlib.contextmanager
+    def rounded_weights(self) -> Iterator[None]:
+        """Inside, the model's weights are rounded, if QAT is on."""
+        if not self.step_size:
+            yield
+            return
+        with put_back(self.model.parameters()):
+            self.round_weights()
+            yield
+
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """Put the nearest levels of the grid into the weights."""
+        quantizer_kind = GptqLite if self.c.quant == "gptq_lite" else RateDistortion
+        for name, w in self.matrices().items():
+            kind = quantizer_kind.level_kind(self.c, parameter_rule(name).export)
+            if self.c.quant == "gptq_lite":
+                floor = self.step_size if kind == "int6" else 0
+                distance = row_scales(w, LEVELS[kind]).clamp_min(floor)
             else:
-                scale = spacing(*optimizer.grid[name].split(w.shape), optimizer.qat_step)
-            w.copy_(code_levels(w, scale, LEVELS[kind]).mul_(scale))
+                rows, columns = self.grid[name].split(w.shape)
+                distance = spacing(rows, columns, self.step_size)
+            w.copy_(nearest_levels(w, distance, LEVELS[kind]).mul_(distance))
 
 
-def micro_batches(run, sequences, length):
-    """The fewest equal parts of a rank's sequences under a limit: the record's on 8 GPUs, what a CPU's cache likes, whatever the world size."""
-    limit = 98304 if run.cuda else 4096
-    return next(
-        n
-        for n in range(1, sequences + 1)
-        if sequences % n == 0 and (sequences // n * length <= limit or n == sequences)
-    )
+# ==================================================================================================
+# 16. Training
+#
+# The loop asks the clock, saves, validates or ends where it must, and then takes a step. What it
+# goes on from after a stop is TrainingState: no random number is drawn after the initial weights,
+# and the data of a step follow from its number.
+# ==================================================================================================
 
 
-def train_step(c, run, model, optimizer, batch, step, scale):
+def train_step(
+    c: Config,
+    ranks: Ranks,
+    model: GPT,
+    optimizer: Optimizer,
+    batch: tuple[Tensor, Tensor],
+    *,
+    step: int,
+    lr_factor: float,
+    qat: LateQat | None = None,
+) -> tuple[Tensor, Tensor]:
     """(mean loss, gradient norm), on the device, after a step on this rank's part of a batch."""
-    n, total = (
-        micro_batches(run, len(batch[0]), c.train_seq_len),
-        torch.zeros((), device=run.device),
-    )
-    with put_back(model.parameters()) if optimizer.qat_step else contextlib.nullcontext():
-        if optimizer.qat_step:
-            round_weights(c, model, optimizer)
-        for ids, targets in zip(batch[0].chunk(n), batch[1].chunk(n)):
-            loss = model(ids, targets) / n
+    inputs, targets = batch
+    n = micro_batches(ranks, len(inputs), c.train_seq_len)
+    total = torch.zeros((), device=ranks.device)
+    with qat.rounded_weights() if qat else contextlib.nullcontext():
+        for ids, goal in zip(inputs.chunk(n), targets.chunk(n), strict=True):
+            loss = model(ids, goal) / n
             loss.backward()
             total += loss.detach()
-    norm = optimizer.step(total, scale, muon_momentum(c, step))
+    norm = optimizer.step(total, lr_factor, muon_momentum(c, step))
     model.zero_grad(set_to_none=True)
     return total, norm
 
 
-def prime(c, run, model, data):
+def prime(c: Config, run: Run, model: GPT, data: TrainData) -> None:
     """Compile before the clock starts: WARMUP_STEPS steps of which nothing remains."""
-    optimizer, feed = Optimizer(c, run, model), data.batches()
+    optimizer, feed = Optimizer(c, run.ranks, model), data.batches()
     with put_back(model.parameters()):
         for step in range(c.warmup_steps):
             model.recurring = bool(c.recur_layers) and step % 2 == 1  # both graphs
-            train_step(c, run, model, optimizer, next(feed), step, 1.0)
-    model.recurring = bool(c.recur_layers) and c.recur_start == 0
-    run.log(f"primed in {c.warmup_steps} steps")
+            train_step(c, run.ranks, model, optimizer, next(feed), step=step, lr_factor=1.0)
+    run.log.line(f"primed in {c.warmup_steps} steps")
 
 
-def training_state(model, optimizer, averages, counters):
-    """Live tensors by name that training goes on from, Muon's momentum whole. No random number is drawn after the initial weights."""
-    names = {p: name for name, p in model.named_parameters()}
-    state, whole = (
-        {"counters": counters} | {name: p for p, name in names.items()},
-        [optimizer.gather(share) for share in optimizer.momentum],
-    )
-    for kind, tensors in averages.kept.items():
-        state |= {f"{kind}.{name}": t for name, t in zip(names.values(), tensors)}
-    state |= {f"grid.{name}": t for name, t in optimizer.grid.items()}
-    for p, (work, t) in zip(optimizer.banks, whole):
-        work and work.wait()
-        state["momentum." + names[p]] = t[: len(p)]
-    return state | {
-        f"{key}.{names[p]}": t
-        for p in optimizer.small
-        for key, t in optimizer.adam.state[p].items()
-    }
+class TrainingState:
+    """What training changes, and goes on from."""
+
+    def __init__(self, c: Config, ranks: Ranks, model: GPT) -> None:
+        self.c, self.model = c, model
+        self.optimizer = Optimizer(c, ranks, model)
+        self.averages = Averages(c, model.parameters())
+        self.qat = LateQat(c, model)
+
+    def tensors(self, step: int = 0, ms: float = 0.0) -> dict[str, Tensor]:
+        """Live tensors by name; counters are step, training time, QAT's step size, snapshots."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        counters = [step, ms, self.qat.step_size, self.averages.snapshots]
+        found: dict[str, Tensor] = {"counters": torch.tensor(counters, dtype=torch.double)}
+        found |= {name: p for p, name in names.items()}
+        for kind, tensors in self.averages.kept.items():
+            found |= {f"{kind}.{name}": t for name, t in zip(names.values(), tensors, strict=True)}
+        found |= {f"grid.{name}": t for name, t in self.qat.grid.items()}
+        return found | self.optimizer.state(names)
+
+    def resume(self, run: Run) -> tuple[int, float]:
+        """(step, ms) after taking in the last checkpoint, or LOAD_CHECKPOINT, if there is one."""
+        tensors = run.store.restore("checkpoint") or read_checkpoint(self.c.load_checkpoint)
+        own = self.tensors()
+        if not tensors:
+            return 0, 0.0
+        copy_tensors(own, tensors, "checkpoint")
+        step, ms, step_size, snapshots = own["counters"].tolist()
+        self.averages.steps, self.averages.snapshots = int(step), int(snapshots)
+        self.qat.step_size = step_size
+        names = {p: name for name, p in self.model.named_parameters()}
+        self.optimizer.take_momentum(own, names)
+        return int(step), math.ceil(ms)  # rounded down, a run whose time was up would go on
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: str) -> dict[str, Tensor]:
     """Tensors of LOAD_CHECKPOINT; {} if it is empty. Raises BadInput."""
     try:
         return unseal(bytearray(Path(path).read_bytes()))[1] if path else {}
     except Exception as why:  # damage makes the readers raise all sorts
         raise BadInput(
-            f"LOAD_CHECKPOINT={path}: {str(why)[:160]}; give the path of a whole checkpoint.STEP.ckpt."
+            f"LOAD_CHECKPOINT={path}: {str(why)[:160]}; give the path of a whole"
+            " checkpoint.STEP.ckpt."
         ) from None
 
 
-def resume_training(run, model, optimizer, averages):
-    """(step, ms), after taking in the last checkpoint, or LOAD_CHECKPOINT, if there is one."""
-    tensors, counters = (
-        run.restore("checkpoint") or read_checkpoint(averages.c.load_checkpoint),
-        torch.zeros(4, dtype=torch.double),
-    )
-    if tensors:
-        copy_tensors(
-            own := training_state(model, optimizer, averages, counters), tensors, "checkpoint"
-        )
-        averages.steps, averages.snapshots, optimizer.qat_step = (
-            int(counters[0]),
-            int(counters[3]),
-            float(counters[2]),
-        )
-        for n, share, whole in zip(
-            optimizer.shares,
-            optimizer.momentum,
-            [t for name, t in own.items() if name.startswith("momentum.")],
-        ):
-            share[: max(0, len(whole) - run.rank * n)] = whole[run.rank * n :][:n]
-    return [*map(math.ceil, counters.tolist())][
-        :2
-    ]  # rounded down, a run whose time was up would train another step
+def validate(run: Run, model: GPT, val: ValData, label: str, *, clock: Clock, step: int) -> None:
+    """Log val_loss on disjoint windows; the time it takes is no training time."""
+    ms = clock.now()
+    nats, _ = score(run, model, val, [("roundtrip", model.c)])[0]
+    loss, bpb = mean_and_bpb(val, nats)
+    average = ms / max(step, 1)
+    run.log.metric(label, digits=4, val_loss=loss, val_bpb=bpb, train_time=ms, step_avg=average)
+    clock.leave_out(ms)
 
 
-def train(c, run, model, data, val):
-    """Train, from a checkpoint if there is one, put the best average into the model, return choose()'s for its export. Raises Fault."""
-    if run.compile and c.warmup_steps:
+def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Calibration | None:
+    """Train, from a checkpoint if there is one, and put the best average into the model.
+
+    Returns what its export needs. Raises Fault for a loss or gradient that is not finite.
+    """
+    ranks = run.ranks
+    if ranks.compile and c.warmup_steps:
         prime(c, run, model, data)
-    optimizer, averages = Optimizer(c, run, model), Averages(c, model.parameters())
-    begin, ms = resume_training(run, model, optimizer, averages)
-    first_bad, feed = torch.full((), c.iterations + 1, device=run.device), data.batches(begin)
+    state = TrainingState(c, ranks, model)
+    begin, ms = state.resume(run)
+    optimizer, averages, qat = state.optimizer, state.averages, state.qat
+    feed = data.batches(begin)
+    # the first step, from 1, whose loss or gradient was not finite; past the end: none
+    first_bad = torch.full((), c.iterations + 1, device=ranks.device)
     model.recurring = bool(c.recur_layers) and (begin > c.recur_start or not c.recur_start)
-    clock = Clock(run, 1000 * c.max_wallclock_seconds, begin, ms)
-    reserve = (
-        2 + (1.5 * len(data.held_out) + 2 * c.calibration_tokens) / c.train_batch_tokens
-    )  # steps' time to calibrate and compare averages
+    clock = Clock(ranks, 1000 * c.max_wallclock_seconds, begin, ms)
+    # Calibrating and comparing averages is training time too: about that of so many steps.
+    work_tokens = 1.5 * len(data.held_out) + 2 * c.calibration_tokens
+    reserve = 2 + work_tokens / c.train_batch_tokens
     for step in range(begin, c.iterations + 1):
         elapsed, stop, bad = clock.agreed(step, first_bad)
-        last = (
-            step == c.iterations
-            or 0 < clock.cap_ms <= elapsed + reserve * clock.step_ms
-            and step > 0
-        )
-        save = step > begin and (stop or last or c.save_every > 0 and step % c.save_every == 0)
-        if bad or (last or save) and first_bad.item() <= step:
+        time_up = 0 < clock.cap_ms <= elapsed + reserve * clock.step_ms and step > 0
+        last = step == c.iterations or time_up
+        every = c.save_every > 0 and step % c.save_every == 0
+        save = step > begin and (stop or last or every)
+        if bad or ((last or save) and first_bad.item() <= step):
             raise Fault(
-                f"step {first_bad.item()}: loss or gradient is not finite; lower MATRIX_LR, TIED_EMBED_LR and SCALAR_LR. "
-                f"What is saved in {run.folder} is from before it."
+                f"step {first_bad.item()}: loss or gradient is not finite; lower MATRIX_LR,"
+                f" TIED_EMBED_LR and SCALAR_LR. What is saved in {run.log.folder} is from before"
+                " it."
             )
         if save:
-            counters = torch.tensor(
-                [step, clock.now(), optimizer.qat_step, averages.snapshots], dtype=torch.double
-            )
-            run.save("checkpoint", step, training_state(model, optimizer, averages, counters))
-        stop and run.stop()
-        if last or c.val_loss_every and step % c.val_loss_every == 0:
-            ms = clock.now()
-            loss, bpb = mean_and_bpb(val, score(run, model, val, [("roundtrip", c)])[0][0])
-            run.metric(
-                f"step:{step}/{c.iterations}",
-                4,
-                val_loss=loss,
-                val_bpb=bpb,
-                train_time=ms,
-                step_avg=ms / max(step, 1),
-            )
-            clock.began += (clock.now() - ms) / 1000
+            run.store.save("checkpoint", step, state.tensors(step, clock.now()))
+        if stop:
+            run.stop()
+        if last or (c.val_loss_every and step % c.val_loss_every == 0):
+            validate(run, model, val, f"step:{step}/{c.iterations}", clock=clock, step=step)
         if last:
             break
         if c.recur_layers and step == c.recur_start:
             model.start_recurrence()
-            run.log(f"recurrence:on step:{step} layers:{','.join(map(str, c.recur_layers))}")
-        scale = lr_scale(c, step, elapsed, clock.step_ms)
-        if c.late_qat and scale < c.late_qat_threshold and not optimizer.qat_step:
-            start_qat(c, run, model, data, optimizer)
-            run.log(
-                f"late_qat:on step:{step} lr_scale:{scale:.4f} grid_step:{optimizer.qat_step:.6g}"
+            run.log.line(f"recurrence:on step:{step} layers:{shown(c.recur_layers)}")
+        factor = lr_factor(c, step, elapsed, clock.step_ms)
+        if c.late_qat and factor < c.late_qat_threshold and not qat.step_size:
+            qat.start(ranks, data)
+            run.log.line(
+                f"late_qat:on step:{step} lr_scale:{factor:.4f} grid_step:{qat.step_size:.6g}"
             )
-        loss, norm = train_step(c, run, model, optimizer, next(feed), step, scale)
-        averages.update(scale)
-        first_bad = torch.where(
-            torch.isfinite(loss + norm), first_bad, first_bad.clamp(max=step + 1)
+        loss, norm = train_step(
+            c, ranks, model, optimizer, next(feed), step=step, lr_factor=factor, qat=qat
         )
+        averages.update(factor)
+        finite = torch.isfinite(loss + norm)
+        first_bad = torch.where(finite, first_bad, first_bad.clamp(max=step + 1))
         if step < 10 or (step + 1) % c.train_log_every == 0:
-            ms = clock.now()
-            run.metric(
-                f"step:{step + 1}/{c.iterations}",
-                4,
-                train_loss=loss.item(),
-                train_time=ms,
-                step_avg=ms / (step + 1),
-            )
-    step < c.iterations and run.log(
-        f"stopping_early: wallclock_cap train_time:{clock.now():.0f}ms step:{step}/{c.iterations}"
-    )
-    calibrated = averages.choose(run, model, data, optimizer.qat_step and optimizer.grid)
-    run.metric("training", steps=step, tokens=step * c.train_batch_tokens, train_time=clock.now())
-    run.cuda and run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB")
-    return calibrated
+            ms, label = clock.now(), f"step:{step + 1}/{c.iterations}"
+            average = ms / (step + 1)
+            run.log.metric(label, digits=4, train_loss=loss.item(), train_time=ms, step_avg=average)
+    if step < c.iterations:
+        run.log.line(
+            f"stopping_early: wallclock_cap train_time:{clock.now():.0f}ms"
+            f" step:{step}/{c.iterations}"
+        )
+    return finish_training(run, state, data, clock=clock, step=step)
 
 
-# ---------- main
-def run_all(c):
-    """Check, then train and export, or load, then evaluate."""
-    read_checkpoint(c.load_checkpoint)
-    c, state = read_artifact(c) if c.load_artifact else (c, None)
+def finish_training(
+    run: Run, state: TrainingState, data: TrainData, *, clock: Clock, step: int
+) -> Calibration | None:
+    """Put the best average into the model, on the clock; returns what its export needs."""
+    c, model = state.c, state.model
+    calibration = calibration_for_export(c, run.ranks, model, data, state.qat)
+    state.averages.choose(run, model, data, calibration)
+    tokens = step * c.train_batch_tokens
+    run.log.metric("training", steps=step, tokens=tokens, train_time=clock.now())
+    if run.ranks.cuda:
+        peak = torch.cuda.max_memory_allocated() >> 20
+        run.log.line(f"peak memory allocated: {peak} MiB")
+    return calibration
+
+
+def calibration_for_export(
+    c: Config, ranks: Ranks, model: GPT, data: TrainData, qat: LateQat
+) -> Calibration | None:
+    """What the export is told: QAT's grid if training used one, else a new one; GPTQ's Hessians."""
+    trained = qat.calibration()
+    if c.quant == "gptq_lite" or (c.quant == "rd" and trained):
+        return trained
+    found = calibrate(c, ranks, model, data)
+    return Calibration(trained.grid if trained else found.grid, found.hessians)
+
+
+# ==================================================================================================
+# 17. Main
+#
+# Exit status: 0 done, 1 a fault on the way, 2 bad input, 128 + its number after a signal.
+# ==================================================================================================
+
+
+def run_all(c: Config) -> None:
+    """Check everything, then train and export, or load, then evaluate.
+
+    Raises BadInput before any work starts, Fault on the way.
+    """
+    read_checkpoint(c.load_checkpoint)  # only to refuse a bad file before anything is written
+    state = None
+    if c.load_artifact:
+        c, state = read_artifact(c)
     run = Run(c)
-    refuse(
-        state is None and c.train_batch_tokens % (run.world * c.train_seq_len),
-        f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: with {run.world} ranks a multiple of {run.world * c.train_seq_len}.",
-    )
-    backend, attention = choose_attention(c.attention, run.device)
-    val, data = ValData(c, run), TrainData(c, run) if state is None else None
-    model = GPT(c, run.dtype, attention)
+    ranks = run.ranks
+    if state is None and c.train_batch_tokens % (ranks.world * c.train_seq_len):
+        raise BadInput(
+            f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: with {ranks.world} ranks a multiple of"
+            f" {ranks.world * c.train_seq_len}."
+        )
+    name, attend = choose_attention(c.attention, ranks.device)
+    val, data = ValData(c, ranks), None
+    if state is None:
+        data = TrainData(c, ranks)
+        refuse_validation_text(data, val)
+    model = GPT(c, ranks.dtype, attend)
     if state is not None:
         load_state(model, state, f"LOAD_ARTIFACT={c.load_artifact}")
-    for s in data.shards if data else ():
-        refuse(
-            np.array_equal(s[:1024], val.tokens[:1024].cpu()),
-            f"{s.filename}: begins as the validation "
-            "split does; to train or calibrate on that breaks C3.",
-        )
-    run.start(c)
-    model.to(run.device)
-    if run.compile:
+    run.log.start()
+    model.to(ranks.device)
+    if ranks.compile:
         compile_model(model)
-    run.log(
-        f"model_params:{sum(p.numel() for p in model.parameters())} attention:{attention_kernel(backend, c, run)} val_tokens:{val.n} (the last "
-        f"{val.dropped} fill no window) val_bytes:{val.total_bytes}"
+    run.log.line(
+        f"model_params:{sum(p.numel() for p in model.parameters())}"
+        f" attention:{attention_kernel(name, c, ranks)} val_tokens:{val.n} (the last {val.dropped}"
+        f" fill no window) val_bytes:{val.total_bytes}"
     )
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if __name__ == "__main__" else ():
-        signal.getsignal(number) == signal.SIG_IGN or signal.signal(
-            number, on_signal
-        )  # nohup's stays
+    if __name__ == "__main__":
+        STOP_SIGNALS.install()
     try:
         if data:
-            calibrated = ()
-            run.log(
-                f"train_shards:{len(data.shards)} train_tokens:{sum(map(len, data.shards))} heldout_tokens:{len(data.held_out)}"
-            )
-            if "artifact" not in run.rows:
-                calibrated = train(c, run, model, data, val)
-                if c.prequant_ttt_enabled:
-                    train_on_validation(c, run, model, val)
-                evaluate(c, run, model, val, "float", ["roundtrip"])
-            export(c, run, model, calibrated)
-        evaluate(c, run, model, val, "artifact", c.evals)
-        if "eval_total" not in run.rows:
-            run.metric(
-                "eval_total",
-                eval_time=sum(
-                    row["eval_time"]
-                    for label, row in run.rows.items()
-                    if label.startswith("pass_artifact")
-                ),
-            )
+            train_and_export(c, run, model, data, val)
+        evaluate(c, run, model, val, "artifact", labels=c.evals)
+        if "eval_total" not in run.log.rows:
+            passes = [row for n, row in run.log.rows.items() if n.startswith("pass_artifact")]
+            run.log.metric("eval_total", eval_time=sum(row["eval_time"] for row in passes))
     except Exception as problem:  # also that of a collective whose other end died
-        run.pool.shutdown()  # a checkpoint that is being written
-        run.log(f"error: {problem}")
+        run.store.writer.shutdown()  # ends with the checkpoint that is being written
+        run.log.line(f"error: {problem}")
         raise
 
 
-def main():
-    """Exit status: 0 done, 1 fault, 2 bad input, 128 + its number after a signal."""
+def refuse_validation_text(data: TrainData, val: ValData) -> None:
+    """Raises BadInput for a training shard that begins as the validation split does."""
+    for shard in data.shards:
+        if np.array_equal(shard[:1024], val.tokens[:1024].cpu()):
+            raise BadInput(
+                f"{shard.filename}: begins as the validation split does; to train or calibrate on"
+                " that breaks C3."
+            )
+
+
+def train_and_export(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> None:
+    """Train unless the artifact is there from before a restart; the model is then the artifact."""
+    calibration = None
+    run.log.line(
+        f"train_shards:{len(data.shards)} train_tokens:{sum(map(len, data.shards))}"
+        f" heldout_tokens:{len(data.held_out)}"
+    )
+    if "artifact" not in run.log.rows:
+        calibration = train(c, run, model, data, val)
+        if c.prequant_ttt_enabled:
+            train_on_validation(c, run, model, val)
+        evaluate(c, run, model, val, "float", labels=["roundtrip"])
+    export(c, run, model, calibration)
+
+
+def main() -> None:
+    """Run by environment and arguments; does not return."""
     try:
-        run_all(load_config(os.environ))
+        given = settings_from_arguments(sys.argv[1:])
+        run_all(load_config({**os.environ, **given}))
         sys.exit(0)
     except (SystemExit, KeyboardInterrupt) as done:
         os._exit(getattr(done, "code", 130))  # taking gloo down aborts some ranks
     except Exception as problem:
-        isinstance(problem, (BadInput, Fault, OSError)) or sys.excepthook(*sys.exc_info())
-        if (
-            os.environ.get("LOCAL_RANK", "0") != "0"
-            or dist.is_initialized()
-            and isinstance(problem, RuntimeError)
-        ):
+        if not isinstance(problem, (BadInput, Fault, OSError)):
+            sys.excepthook(*sys.exc_info())
+        lost_another = dist.is_initialized() and isinstance(problem, RuntimeError)
+        if os.environ.get("LOCAL_RANK", "0") != "0" or lost_another:
             sleep(3)  # torchrun names the rank that ends first
         print(f"error: {problem}", file=sys.stderr, flush=True)
-        os._exit(
-            2 if isinstance(problem, BadInput) else 1
-        )  # at once: a rank must not wait for others in a collective
+        # at once: a rank must not wait for others in a collective
+        os._exit(2 if isinstance(problem, BadInput) else 1)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def config(tiny_data=None, **changes):
 
 def process(env, cwd, ranks=0, script=ROOT / "train_gpt.py", timeout=240):
     """The finished process of the script, plain or under torchrun with so many ranks."""
-    clean = {k: v for k, v in os.environ.items() if k not in {s.name for s in t.SETTINGS}}
+    clean = {k: v for k, v in os.environ.items() if k not in set(t.SETTINGS)}
     command = (
         [sys.executable, str(script)]
         if not ranks

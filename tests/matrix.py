@@ -232,7 +232,7 @@ def run_ranks(script, env, ranks):
         f"--nproc_per_node={ranks}",
         script.__file__,
     ]
-    clean = {key: value for key, value in os.environ.items() if key not in script.NAMES}
+    clean = {key: value for key, value in os.environ.items() if key not in script.SETTINGS}
     subprocess.run(
         command, env={**clean, **env, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True
     )

@@ -25,7 +25,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 from conftest import ROOT, TINY, make_tiny_data, t
 
 SETTINGS = dict(
@@ -185,6 +184,7 @@ class Chain:
             "metrics.jsonl",
             "checkpoint.N.ckpt",
             "final_model.ptz",
+            "train_gpt.py",
             *(f"nll_{e}.npy" for e in SETTINGS["EVALS"].split(",")),
         }, names
         for path in (self.folder / "logs/soak").glob("*.ckpt"):
@@ -207,27 +207,19 @@ def checkpoint_cost(folder, steps, pairs, **settings):
     """Seconds of blocks of so many training steps of the demo's model [pairs, 2]: without a checkpoint, and with one that is begun after half of them."""
     c = t.load_config({"PRESET": "demo", "DEVICE": "cpu", "RUN_ID": "cost", **settings})
     run, model = t.Run(c), t.GPT(c)
-    run.folder, seconds = folder, np.zeros((pairs, 2))
-    optimizer, averages, feed = (
-        t.Optimizer(c, run, model),
-        t.Averages(c, model.parameters()),
-        t.TrainData(c, run).batches(),
-    )
+    run.store.folder, seconds = folder, np.zeros((pairs, 2))
+    state, feed = t.TrainingState(c, run.ranks, model), t.TrainData(c, run.ranks).batches()
     for pair in range(-1, pairs):  # one to warm up
         for save in (pair % 2, 1 - pair % 2):
             began = time.perf_counter()
             for step in range(steps):
                 if save and step == steps // 2:
-                    run.save(
-                        "checkpoint",
-                        pair + 1,
-                        t.training_state(
-                            model, optimizer, averages, torch.zeros(4, dtype=torch.double)
-                        ),
-                    )
-                t.train_step(c, run, model, optimizer, next(feed), step, 1.0)
-                averages.update(1.0)
-            run.saving.result()
+                    run.store.save("checkpoint", pair + 1, state.tensors())
+                t.train_step(
+                    c, run.ranks, model, state.optimizer, next(feed), step=step, lr_factor=1.0
+                )
+                state.averages.update(1.0)
+            run.store.wait()
             seconds[pair, save] = time.perf_counter() - began
     return seconds
 

@@ -30,13 +30,15 @@ def test_plain_training_is_the_scripts(changes, tiny_data):
     run, model = t.Run(c), random_model(c)
     other = plain.plain_model(c, model, "cpu")
     optimizer, averages, trainer = (
-        t.Optimizer(c, run, model),
+        t.Optimizer(c, run.ranks, model),
         t.Averages(c, model.parameters()),
         plain.PlainTrainer(c, other),
     )
-    for step, rows in zip(range(4), map(t.TrainData(c, run).load, range(4))):
+    for step, rows in zip(range(4), map(t.TrainData(c, run.ranks).load, range(4))):
         ids, targets = rows[:, :-1], rows[:, 1:]
-        loss, _ = t.train_step(c, run, model, optimizer, (ids, targets), step, 0.7)
+        loss, _ = t.train_step(
+            c, run.ranks, model, optimizer, (ids, targets), step=step, lr_factor=0.7
+        )
         averages.update(0.7)
         assert trainer.step(ids.chunk(2), targets.chunk(2), step, 0.7) == pytest.approx(
             loss.item(), abs=2e-5
@@ -79,7 +81,7 @@ def test_plain_evaluation_is_the_scripts(label, changes, stream):
 def test_plain_quantising_is_the_scripts_without_a_cap():
     c = config()
     state = random_model(c).state_dict()
-    quantizer = t.Quantizer(c, state)
+    quantizer = t.GptqLite(c, state)
     ours, theirs = t.unpack(quantizer.pack(0.0)[0])[0], plain.plain_quantize(c, state)[1]
     for name, kind in quantizer.kinds.items():
         other = (
@@ -115,7 +117,7 @@ def test_bench_measures_writes_and_renders(tiny_data, tmp_path):
         "--out",
         str(out),
     ]
-    clean = {k: v for k, v in os.environ.items() if k not in t.NAMES}
+    clean = {k: v for k, v in os.environ.items() if k not in t.SETTINGS}
     done = subprocess.run(
         command,
         env={**clean, **TINY, **tiny_data, "COMPILE": "0"},
@@ -154,7 +156,7 @@ def test_bench_refuses_what_it_cannot_use(tiny_data, tmp_path):
             str(tmp_path / "no.json"),
             *words,
         ]
-        clean = {k: v for k, v in os.environ.items() if k not in t.NAMES}
+        clean = {k: v for k, v in os.environ.items() if k not in t.SETTINGS}
         done = subprocess.run(
             command,
             env={**clean, **TINY, **tiny_data, **env},
@@ -206,11 +208,11 @@ print(new, faults())"""
 def test_answers_come_late_on_a_gpu_and_mean_the_same(tiny_data):
     """With the lag of a GPU: nothing at first, then what was asked so many calls ago; the clock reckons with it."""
     run = t.Run(config(tiny_data))
-    poll = t.Poll(run)
+    poll = t.Poll(run.ranks)
     assert poll.lag == 0 and poll.ask(3.0) == [3.0, 0.0]
     poll.lag = 2
     assert [poll.ask(x) for x in (1.0, 2.0, 3.0, 4.0)] == [None, None, [1.0, 0.0], [2.0, 0.0]]
-    clock = t.Clock(run, 0)
+    clock = t.Clock(run.ranks, 0)
     clock.poll.lag, bad = 2, torch.full((), 6.0)
     asked = clock.poll.ask
     times = iter(

@@ -66,7 +66,7 @@ class Tree:
 def ctw(V, depth, tokens, stream):
     c = config(VOCAB_SIZE=str(V), CTW_WEIGHT="0.3", CTW_DEPTH=str(depth), SLOT_ENABLED="0")
     run, val = stream(c, len(tokens) - 1, tokens=torch.tensor(tokens))
-    return t.Ctw(c, run, random_model(c), val)
+    return t.Ctw(c, run.ranks, random_model(c), val)
 
 
 @settings(max_examples=40, deadline=None)
@@ -76,19 +76,19 @@ def test_equals_a_sequential_tree_at_every_chunk_boundary(V, depth, data):
     n, chunk = len(tokens) - 1, data.draw(st.integers(3, 20))
     c = config(VOCAB_SIZE=str(V), CTW_DEPTH=str(depth))
     val = type("Val", (), dict(tokens=torch.tensor(tokens), n=n))
-    ours, tree = t.Ctw(c, t.Run(c), None, val), Tree(V, depth)
+    ours, tree = t.Ctw(c, t.Ranks(c), None, val), Tree(V, depth)
     context = [[tokens[i - d] if i >= d else V for d in range(depth)] for i in range(n)]
     for end in range(chunk, n, chunk):
         ours.learn(end)
         for i in range(end - chunk, end):
             tree.update(context[i], tokens[i + 1])
-        assert ours.levels[0]["weighted"][0].item() == pytest.approx(
+        assert ours.depths[0].log_weighted[0].item() == pytest.approx(
             tree.nodes[()]["weighted"], abs=1e-9, rel=1e-12
         )
-        for d, x in enumerate(ours.levels):
+        for d, x in enumerate(ours.depths):
             for i in range(end):
-                node, other = x["node"][i], tree.nodes[tuple(context[i][:d])]
-                assert x["weighted"][node].item() == pytest.approx(
+                node, other = x.node[i], tree.nodes[tuple(context[i][:d])]
+                assert x.log_weighted[node].item() == pytest.approx(
                     other["weighted"], abs=1e-9, rel=1e-12
                 )
         q = ours.probability(torch.arange(end, n))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 def loader(tiny_data, **changes):
     c = config(tiny_data, **changes)
-    return t.TrainData(c, t.Run(c))
+    return t.TrainData(c, t.Ranks(c))
 
 
 def test_an_epoch_serves_every_sequence_once_and_never_the_held_out_text(tiny_data, monkeypatch):
@@ -54,7 +54,7 @@ def test_ranks_share_out_the_same_tokens(tiny_data):
     whole, parts = loader(tiny_data), []
     for rank in range(3):
         part = loader(tiny_data)
-        part.run.rank, part.run.world = rank, 3
+        part.ranks.rank, part.ranks.world = rank, 3
         parts.append(part.load(5))
     assert (np.concatenate(parts) == whole.load(5).numpy()).all()
 
@@ -128,7 +128,7 @@ def test_ids_are_checked_again_as_they_are_read(tiny_data):
 def test_data_that_does_not_fit_is_refused_by_name(changes, word, tiny_data):
     c = config(tiny_data, **changes)
     with pytest.raises(t.BadInput, match=".*".join(word.split("*"))):
-        t.ValData(c, t.Run(c)), t.TrainData(c, t.Run(c))
+        t.ValData(c, t.Ranks(c)), t.TrainData(c, t.Ranks(c))
 
 
 def test_the_other_tokenizer_of_the_same_name_is_recognised(tmp_path):
@@ -176,7 +176,7 @@ def test_bytes_with_the_official_tokenizer_and_text():
 
 def test_validation_stream_is_cut_to_whole_windows_and_says_so(tiny_data):
     c = config(tiny_data)
-    val = t.ValData(c, t.Run(c))
+    val = t.ValData(c, t.Ranks(c))
     assert (val.n, val.dropped, len(val.tokens), len(val.bytes)) == (
         576,
         24,

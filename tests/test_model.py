@@ -193,7 +193,7 @@ def test_only_scored_rows_meet_the_last_block(stream, monkeypatch):
 def test_the_kernel_that_attention_takes_is_named():
     c = config()
     assert (
-        t.attention_kernel("sdpa", c, t.Run(c)) == "sdpa_flash"
+        t.attention_kernel("sdpa", c, t.Ranks(c)) == "sdpa_flash"
         and t.attention_kernel("fa3", c, None) == "fa3"
     )
 
@@ -211,24 +211,20 @@ def test_every_parameter_has_one_rule_and_its_initial_value():
     c = config(TIE_EMBEDDINGS="1", VRL_ENABLED="1", GATED_ATTENTION="1", RECUR_LAYERS="1")
     state = t.split_banks(dict(t.GPT(c).named_parameters()), c.num_layers)
     for name, p in state.items():
-        rule, group, kind = t.parameter_rule(name)
-        if rule == "orthogonal":
+        rule = t.parameter_rule(name)
+        if rule.init == "orthogonal":
             gram = p @ p.T if p.size(0) <= p.size(1) else p.T @ p
             torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-5, rtol=0)
-        elif rule == "embedding":
+        elif rule.init == "embedding":
             assert p.std().item() == pytest.approx(0.005, rel=0.05)
-        elif rule == "normal 0.01":
-            assert p.std().item() == pytest.approx(0.01, rel=0.1)
-        elif rule == "stream":
+        elif rule.init == "normal":
+            assert p.std().item() == pytest.approx(rule.value, rel=0.1)
+        elif rule.init == "stream":
             assert (p[..., 0, :] == 1).all() and (p[..., 1, :] == 0).all()
         else:
-            assert (p == float(rule.split()[1] if " " in rule else c.qk_gain_init)).all()
-        assert kind in ("int6", "int8", "fp16", "fp32") and group in (
-            "muon",
-            "embed",
-            "head",
-            "scalar",
-        )
+            assert (p == (c.qk_gain_init if rule.init == "q_gain" else rule.value)).all()
+        assert rule.export in ("int6", "int8", "fp16", "fp32")
+        assert rule.group in ("muon", "embed", "head", "scalar")
     for unknown in ("blocks.0.attn.new_gate", "tok_emb.bias"):
         with pytest.raises(t.Fault, match="fits 0 rows"):
             t.parameter_rule(unknown)
@@ -243,7 +239,7 @@ def test_every_parameter_is_optimised_once_and_gets_a_gradient():
     ):
         c = config(**changes)
         model, run = random_model(c), t.Run(c)
-        optimizer = t.Optimizer(c, run, model)
+        optimizer = t.Optimizer(c, run.ranks, model)
         held = [id(p) for p in optimizer.banks + optimizer.small]
         assert sorted(held) == sorted(id(p) for p in model.parameters())
         ids = torch.randint(0, c.vocab_size, (4, 33), generator=torch.Generator().manual_seed(1))

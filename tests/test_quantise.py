@@ -12,10 +12,10 @@ from conftest import config, make_tiny_data, process, random_model, t, timeless
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-CODE = Path(t.__file__).stat().st_size
+CODE = t.code_bytes()
 
 
-def coded(seed, n, spread, classes=t.CLASSES):
+def coded(seed, n, spread, classes=t.DISTRIBUTIONS):
     """(symbols, distributions, table) of n rounded Gaussian levels whose deviation goes with their distribution."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, classes, n).astype(np.uint8)
@@ -25,7 +25,7 @@ def coded(seed, n, spread, classes=t.CLASSES):
         )
         + 511
     )
-    counts = np.zeros((t.CLASSES, t.SYMBOLS), np.int64)
+    counts = np.zeros((t.DISTRIBUTIONS, t.SYMBOLS), np.int64)
     np.add.at(counts, (rows, symbols), 1)
     return symbols, rows, counts
 
@@ -72,16 +72,16 @@ def test_damaged_codes_are_refused_not_decoded():
 def calibrated(tiny_data):
     """(Config, model, {quant: what calibrate found}) of a model with random weights."""
     c = config(tiny_data, CALIBRATION_TOKENS="2048")
-    model, run = random_model(c), t.Run(c)
+    model, ranks = random_model(c), t.Ranks(c)
     return (
         c,
         model,
         {
             q: t.calibrate(
                 config(tiny_data, QUANT=q, CALIBRATION_TOKENS="2048"),
-                run,
+                ranks,
                 model,
-                t.TrainData(c, run),
+                t.TrainData(c, ranks),
             )
             for q in ("rd", "gptq")
         },
@@ -91,7 +91,7 @@ def calibrated(tiny_data):
 def test_steps_are_the_inverse_root_of_what_errors_cost(calibrated):
     c, model, found = calibrated
     data, params, name = (
-        t.TrainData(c, t.Run(c)),
+        t.TrainData(c, t.Ranks(c)),
         dict(model.named_parameters()),
         "blocks.1.mlp.fc.weight",
     )
@@ -101,14 +101,14 @@ def test_steps_are_the_inverse_root_of_what_errors_cost(calibrated):
         ids = torch.from_numpy(data.sequence(i).astype(np.int64))[None]
         model(ids[:, :-1], ids[:, 1:], "sum").backward()
         total = total + params["mlp_up_bank"].grad[1].square()
-    rows, columns = found["rd"][0][name].split(total.shape)
+    rows, columns = found["rd"].grid[name].split(total.shape)
     for exponents, cost in ((rows, total.mean(1)), (columns, total.mean(0))):
         expected = -2 * (cost + 0.1 * total.mean()).log2()
         difference = exponents.float() - expected
         assert (
             difference - difference.mean()
         ).abs().max() <= 1.01  # of a quarter of an octave, both rounded
-    grids = [found[q][0] for q in found]
+    grids = [found[q].grid for q in found]
     assert all((grids[0][n].int() - grids[1][n].int()).abs().max() <= 1 for n in grids[0])
     model.zero_grad(set_to_none=True)
 
@@ -120,17 +120,17 @@ def damage(c, model, found, state):
         torch.einsum(
             "rc,cd,rd->", (state[n] - own[n]).double(), h.double(), (state[n] - own[n]).double()
         ).item()
-        for n, h in found["gptq"][1].items()
+        for n, h in found["gptq"].hessians.items()
     )
 
 
 def test_at_equal_bytes_costs_are_far_less_than_gptq_lites_and_gptqs_are_less_still(calibrated):
     c, model, found = calibrated
     state = model.state_dict()
-    lite = t.Quantizer(config(CODER="lzma"), state).fit(10**9)[0]
+    lite = t.GptqLite(config(CODER="lzma"), state).fit(10**9)[0]
     sizes, costs = [len(lite)], [damage(c, model, found, t.unpack(lite)[0])]
     for quant in ("rd", "gptq"):
-        blob, figures = t.Quantizer(config(QUANT=quant), state, *found[quant]).fit(len(lite))
+        blob, figures = t.make_quantizer(config(QUANT=quant), state, found[quant]).fit(len(lite))
         sizes.append(len(blob))
         costs.append(damage(c, model, found, t.unpack(blob)[0]))
         assert figures["level_bytes"] <= 1.015 * figures["entropy_bytes"]
@@ -145,7 +145,7 @@ def test_every_seed_lands_in_the_last_two_thousandths_under_the_cap(seed, quant)
     names = {
         n: w
         for n, w in t.split_banks(model.state_dict(), c.num_layers).items()
-        if t.parameter_rule(n)[2] in t.LEVELS
+        if t.parameter_rule(n).export in t.LEVELS
     }
     grid = {
         n: torch.randint(-6, 7, (sum(w.shape),), generator=g, dtype=torch.int8)
@@ -157,24 +157,25 @@ def test_every_seed_lands_in_the_last_two_thousandths_under_the_cap(seed, quant)
             for n, w in names.items()
         }
         if quant == "gptq"
-        else None
+        else {}
     )
     cap = 120_000 + seed
-    blob, figures = t.Quantizer(c, model.state_dict(), grid, hessians).fit(cap)
+    calibration = t.Calibration(grid, hessians)
+    blob, figures = t.make_quantizer(c, model.state_dict(), calibration).fit(cap)
     assert 0.998 * cap < len(blob) <= cap
-    assert figures["step"] > t.Quantizer(c, model.state_dict(), grid).finest
+    assert figures["step"] > t.RateDistortion(c, model.state_dict(), calibration).finest
 
 
 def test_gptq_makes_up_for_earlier_columns(calibrated):
     c, model, found = calibrated
-    q = t.Quantizer(config(QUANT="gptq"), model.state_dict(), *found["gptq"])
+    q = t.Gptq(config(QUANT="gptq"), model.state_dict(), found["gptq"])
     plain, fed = (
-        t.Quantizer(config(QUANT="gptq"), model.state_dict(), found["gptq"][0], h).rounded(0.05)
-        for h in ({}, q.hessians)
+        kind(config(QUANT="gptq"), model.state_dict(), found["gptq"]).rounded(0.05)
+        for kind in (t.RateDistortion, t.Gptq)
     )
     assert damage(c, model, found, fed) < 0.85 * damage(c, model, found, plain)
     name = q.names[-1]
-    rows, columns, levels = q.levels(0.05)[name]
+    rows, columns, levels = q.quantise(0.05)[name]
     assert torch.equal(levels, levels.round()) and levels.abs().max() <= t.LEVELS["int10"]
     torch.testing.assert_close(fed[name], levels * t.spacing(rows, columns, 0.05))
 
@@ -207,21 +208,21 @@ def test_training_on_the_validation_split_is_refused(tmp_path, tiny):
 def test_qat_rounds_to_the_artifacts_own_weights(tiny_data):
     """What a step under QAT sees is what an artifact with this grid holds, for every quantised tensor."""
     c = config(tiny_data, ARTIFACT_BYTES=str(CODE + 30_000))
-    run, model = t.Run(c), random_model(c)
-    optimizer = t.Optimizer(c, run, model)
-    t.start_qat(c, run, model, t.TrainData(c, run), optimizer)
-    blob, _ = t.Quantizer(c, model.state_dict(), optimizer.grid).pack(optimizer.qat_step)
+    ranks, model = t.Ranks(c), random_model(c)
+    qat = t.LateQat(c, model)
+    qat.start(ranks, t.TrainData(c, ranks))
+    blob, _ = t.make_quantizer(c, model.state_dict(), qat.calibration()).pack(qat.step_size)
     expected, before = (
         t.unpack(blob)[0],
         {n: p.detach().clone() for n, p in model.named_parameters()},
     )
-    t.round_weights(c, model, optimizer)
+    qat.round_weights()
     changed = 0
     for name, w in t.split_banks(dict(model.named_parameters()), c.num_layers).items():
-        if t.parameter_rule(name)[2] in t.LEVELS:
+        if t.parameter_rule(name).export in t.LEVELS:
             torch.testing.assert_close(w, expected[name], rtol=1e-6, atol=0, msg=name)
             changed += not torch.equal(w, t.split_banks(before, c.num_layers)[name])
-    assert changed == len(optimizer.grid) == 6 * c.num_layers + 3 and 0.9 < len(blob) / 30_000 < 1.1
+    assert changed == len(qat.grid) == 6 * c.num_layers + 3 and 0.9 < len(blob) / 30_000 < 1.1
 
 
 def test_lawa_is_the_mean_of_the_last_snapshots():
@@ -325,7 +326,7 @@ def test_row_norm_makes_muon_blind_to_the_size_of_rows(tiny_data):
     for sizes in (1.0, torch.logspace(-2, 2, 32)[:, None]):
         c = config(tiny_data, MUON_ROW_NORM="1", GRAD_CLIP_NORM="0", MUON_WD="0")
         run, model = t.Run(c), t.GPT(c)
-        optimizer, g = t.Optimizer(c, run, model), torch.Generator().manual_seed(3)
+        optimizer, g = t.Optimizer(c, run.ranks, model), torch.Generator().manual_seed(3)
         before = model.qo_bank.detach().clone()
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=g)
@@ -337,7 +338,7 @@ def test_row_norm_makes_muon_blind_to_the_size_of_rows(tiny_data):
 
 def test_coprime_order_visits_each_sequence_of_a_shard_once_an_epoch(tiny_data):
     c = config(tiny_data, DATA_ORDER="coprime")
-    data, plain = t.TrainData(c, t.Run(c)), t.TrainData(config(tiny_data), t.Run(c))
+    data, plain = t.TrainData(c, t.Ranks(c)), t.TrainData(config(tiny_data), t.Ranks(c))
     total = sum(data.counts)
     for epoch in range(2):
         seen, usual = (
@@ -368,7 +369,7 @@ def test_best_breaks_no_condition_and_wins_over_the_preset_before_it():
 
 def test_min_lr_is_where_the_warmdown_ends():
     c = config(ITERATIONS="100", WARMDOWN_ITERS="20", MIN_LR="0.1")
-    assert [t.lr_scale(c, s, 0.0, 0.0) for s in (0, 90, 99, 100)] == pytest.approx(
+    assert [t.lr_factor(c, s, 0.0, 0.0) for s in (0, 90, 99, 100)] == pytest.approx(
         [1, 0.5, 0.1, 0.1]
     )
 

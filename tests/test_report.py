@@ -781,4 +781,4 @@ def test_200_megabytes_take_little_time_and_memory(tmp_path):
 def test_stages_are_those_of_the_script():
     import train_gpt
 
-    assert set(STAGES) == set(train_gpt.EVALS)
+    assert set(STAGES) == set(train_gpt.EVALUATORS)

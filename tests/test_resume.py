@@ -27,7 +27,7 @@ EVERYTHING = dict(
 def no_signals():
     """Signals that a test makes up are gone after it."""
     yield
-    t.STOPS.clear()
+    t.STOP_SIGNALS.received.clear()
 
 
 def stop_after(monkeypatch, name, calls):
@@ -36,7 +36,7 @@ def stop_after(monkeypatch, name, calls):
 
     def spy(*args, **kw):
         if next(count) == calls:
-            t.STOPS.append((signal.SIGTERM, time.perf_counter()))
+            t.STOP_SIGNALS.received.append((signal.SIGTERM, time.perf_counter()))
         return function(*args, **kw)
 
     monkeypatch.setattr(t, name, spy)
@@ -47,7 +47,7 @@ def stopped(tiny, monkeypatch, name, calls, **changes):
     with monkeypatch.context() as patch:
         stop_after(patch, name, calls)
         assert failing(tiny, SystemExit, **changes) == str(128 + signal.SIGTERM)
-    t.STOPS.clear()
+    t.STOP_SIGNALS.received.clear()
 
 
 def failing(tiny, error, **changes):
@@ -95,7 +95,7 @@ def test_training_goes_on_bit_for_bit(step, changes, tiny, monkeypatch):
         {f for f in os.listdir(f"logs/{r}") if not f.startswith("checkpoint")}
         for r in ("part", "whole")
     )
-    assert files == others and len(files) == 6
+    assert files == others and len(files) == 7
     for label in ("ttt_slot", "roundtrip"):
         assert (
             np.load(f"logs/part/nll_{label}.npy") == np.load(f"logs/whole/nll_{label}.npy")
@@ -289,10 +289,10 @@ def test_a_pass_of_which_one_result_was_logged_goes_on_as_a_whole(tiny, monkeypa
 def test_a_checkpoint_that_is_being_written_when_an_error_comes_is_finished(tiny, monkeypatch):
     fsync, step, count = os.fsync, t.train_step, iter(range(1, 10**6))
 
-    def spoilt(*args):
+    def spoilt(*args, **more):
         if next(count) == 4:
             raise t.Fault("on purpose")
-        return step(*args)
+        return step(*args, **more)
 
     monkeypatch.setattr(t.os, "fsync", lambda fd: time.sleep(0.5) or fsync(fd))
     monkeypatch.setattr(t, "train_step", spoilt)
@@ -325,7 +325,7 @@ def test_a_line_that_was_cut_off_and_a_part_of_a_file_are_tidied(tiny, monkeypat
 def test_a_run_that_is_alive_is_not_joined(tiny, tiny_data, tmp_path):
     c = t.load_config({**TINY, **tiny_data, "RUN_ID": "one"})
     run = t.Run(c)
-    run.start(c)
+    run.log.start()
     with pytest.raises(t.BadInput, match="RUN_ID=one: is still running"):
         tiny(RUN_ID="one", RESUME="1")
 
@@ -490,21 +490,21 @@ def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_when_there_is_room(
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tiny, monkeypatch):
     write, count = t.write_file, iter(range(10**6))
 
-    def full(path, parts):
+    def full(path, parts, remedy):
         if next(count) == 1:
             patch.setattr(
                 t.os,
                 "fsync",
                 lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")),
             )
-        return write(path, parts)
+        return write(path, parts, remedy)
 
     whole = tiny(RUN_ID="whole", **EVERYTHING)
     with monkeypatch.context() as patch:
         patch.setattr(t, "write_file", full)
         text = failing(tiny, t.Fault, RUN_ID="part", **EVERYTHING)
     assert text == (
-        "logs/part/checkpoint.000000006.ckpt: No space left on device: not written, older files kept; make room, then RUN_ID=part "
+        "logs/part/checkpoint.000000006.ckpt: No space left on device: not written, older files kept. Correct that, then RUN_ID=part "
         "RESUME=1."
     )
     assert [p.name for p in Path("logs/part").glob("*.ckpt*")] == ["checkpoint.000000003.ckpt"]

@@ -117,14 +117,14 @@ def test_ttt_equals_a_plain_loop_and_gives_the_weights_back(batch, stream):
     with torch.no_grad():
         for p, kept in zip(model.parameters(), before):
             p.copy_(kept)
-    t.evaluate(c, run, model, val, "artifact", ["ttt"])
+    t.evaluate(c, run, model, val, "artifact", labels=["ttt"])
     assert all(torch.equal(p, kept) for p, kept in zip(model.parameters(), before))
 
 
 def chunk_trainer(c, run, model):
     return t.ChunkTrainer(
         c,
-        run,
+        run.ranks,
         model,
         functools.partial(torch.optim.SGD, momentum=c.ttt_momentum),
         c.ttt_freeze_blocks,
@@ -138,7 +138,7 @@ def test_each_scored_token_is_trained_on_once_an_epoch_for_any_chunk(chunk, batc
     (run, val), model, used = stream(c, 512), random_model(config()), np.zeros(512, int)
     val.tokens = torch.arange(513)
     for rank in range(3):
-        run.rank, run.world = rank, 3
+        run.ranks.rank, run.ranks.world = rank, 3
         trainer, counts = chunk_trainer(c, run, model), []
         trainer.step = lambda inputs, targets, count: (
             counts.append(int(count)),
@@ -148,7 +148,7 @@ def test_each_scored_token_is_trained_on_once_an_epoch_for_any_chunk(chunk, batc
                 if y >= 0
             ],
         )
-        trainer.train(val.tokens, 2 * chunk, 3 * chunk, 0.1, 2)
+        trainer.train(val.tokens, 2 * chunk, 3 * chunk, rate=0.1, epochs=2)
         assert sum(counts) == 2 * chunk
     assert (used[2 * chunk : 3 * chunk] == 2).all() and used.sum() == 2 * chunk
 
@@ -168,7 +168,7 @@ def test_freezing_blocks_freezes_their_matrices_too(stream):
         n: p.clone()
         for n, p in t.split_banks({n: p.detach() for n, p in model.named_parameters()}, 3).items()
     }
-    chunk_trainer(c, run, model).train(val.tokens, 0, 128, 0.1, 3)
+    chunk_trainer(c, run, model).train(val.tokens, 0, 128, rate=0.1, epochs=3)
     for name, p in t.split_banks({n: p.detach() for n, p in model.named_parameters()}, 3).items():
         assert torch.equal(p, before[name]) == name.startswith(("blocks.0.", "blocks.1.")), name
 
@@ -222,7 +222,7 @@ def moved(label, c, stream, probes=12):
 
 
 @pytest.mark.parametrize(
-    "label", [label for label in t.EVALS if "ctw" not in label]
+    "label", [label for label in t.EVALUATORS if "ctw" not in label]
 )  # those have no logits: see test_ctw.py
 def test_flip_test_agrees_with_every_claim(label, stream):
     changed = moved(label, config(), stream)
@@ -234,11 +234,11 @@ def test_flip_test_agrees_with_every_claim(label, stream):
 
 
 def wrong_attention(monkeypatch):
-    def attend(self, x, *rest, attend=t.Block.attend):
+    def attend(self, x, *rest, attend=t.Attention.forward):
         y, v = attend(self, x, *rest)
         return y + 1e-3 * x.mean(1, keepdim=True), v
 
-    monkeypatch.setattr(t.Block, "attend", attend)
+    monkeypatch.setattr(t.Attention, "forward", attend)
 
 
 def wrong_smear(monkeypatch):
@@ -254,19 +254,15 @@ def wrong_order(monkeypatch):
     """Train on a chunk before it is scored."""
     batch, done = t.score_batch, {}
 
-    def first(c, run, model, val, starts, firsts, *rest):
-        chunk = int(starts[0] + firsts[0]) // c.ttt_chunk_tokens
-        if done.get(id(model)) != chunk and (chunk + 1) * c.ttt_chunk_tokens <= val.n:
-            done[id(model)] = chunk
+    def first(work, windows):
+        c, chunk = work.c, int(work.chunk_of[windows.start])
+        begin, end = chunk * c.ttt_chunk_tokens, (chunk + 1) * c.ttt_chunk_tokens
+        if done.get(id(work)) != chunk and end <= work.val.n:
+            done[id(work)] = chunk
             with torch.enable_grad():
-                chunk_trainer(c, run, model).train(
-                    val.tokens,
-                    chunk * c.ttt_chunk_tokens,
-                    (chunk + 1) * c.ttt_chunk_tokens,
-                    0.05,
-                    3,
-                )
-        return batch(c, run, model, val, starts, firsts, *rest)
+                trainer = chunk_trainer(c, work, work.model)
+                trainer.train(work.val.tokens, begin, end, rate=0.05, epochs=3)
+        return batch(work, windows)
 
     monkeypatch.setattr(t, "score_batch", first)
 

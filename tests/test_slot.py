@@ -72,14 +72,12 @@ def test_rates_and_hypergradient_equal_autograd(steps, low, stream):
     assert torch.equal(ours, still) == (steps == "1")
 
 
-def test_the_cosine_reaches_its_end_on_the_last_step_and_one_step_uses_slot_lr(stream, monkeypatch):
+def test_the_cosine_reaches_its_end_on_the_last_step_and_one_step_uses_slot_lr(stream):
     """In AdamW's first step from zero the parameters move by the rate, less eps: read the rates off the moves."""
     c = config(SLOT_STEPS="4", SLOT_LR="0.1", SLOT_LR_MIN="0.01", SLOT_DELTA="shared")
     run, val = stream(c)
-    slot, moves = t.Slot(c, run, random_model(c), val), []
-    monkeypatch.setattr(
-        t, "slot_gradient", lambda z, y, shares, shift, cap: torch.full_like(shift, 1e6)
-    )
+    slot, moves = t.Slot(c, run.ranks, random_model(c), val), []
+    slot.gradient = lambda z, y, shares, shift, cap: torch.full_like(shift, 1e6)
     shift = slot.shift
     slot.shift = lambda state: (moves.append(state[0].clone()), shift(state))[1]
     state = slot.fresh(1)
@@ -176,14 +174,14 @@ def test_no_tensor_grows_with_the_batch_beyond_the_hidden_states(delta, loss, st
         monkeypatch.setattr(t.Slot, "TILE", 64 * 2000)
         monkeypatch.setattr(t.Slot, "KEEP", 128 * 2000)
         (run, val), model = stream(c, 256), random_model(c)
-        slot = t.Slot(c, run, model, val)
+        slot = t.Slot(c, run.ranks, model, val)
         firsts = np.full(seqs, T - c.eval_stride)
         tokens = val.tokens.unfold(0, T + 1, 8)[:seqs]
         rows = torch.from_numpy(np.flatnonzero(t.scored_rows(firsts, T)))
         with torch.no_grad():
             h = model.hidden(tokens[:, :-1])
             with Largest() as seen:
-                slot.nats(t.Batch(h, tokens[:, 1:], firsts, rows, rows))
+                slot.nats(t.Batch(h, tokens[:, 1:], firsts, rows, rows, np.zeros(seqs, int), 0))
         sizes.append(seen.elements)
         assert (
             seen.elements < 16 * T * 2000 / 2
@@ -359,7 +357,7 @@ def test_closed_form_is_many_times_faster_than_autograd(mode, plain, least, stre
             model.hidden(rows[0]),
             torch.from_numpy(np.flatnonzero(t.scored_rows(firsts, 256))),
         )
-    slot, batch = t.Slot(c, run, model, val), t.Batch(h, rows[1], firsts, scored, scored)
+    slot, batch = t.Slot(c, run.ranks, model, val), t.Batch(h, rows[1], firsts, scored, scored)
     for _ in range(3):
         clock = [time.perf_counter()]
         with torch.no_grad():

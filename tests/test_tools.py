@@ -44,7 +44,7 @@ def tool(name, words, env, cwd, ranks=0):
         str(ROOT / "tools" / f"{name}.py"),
         *words,
     ]
-    clean = {k: v for k, v in os.environ.items() if k not in {s.name for s in t.SETTINGS}}
+    clean = {k: v for k, v in os.environ.items() if k not in set(t.SETTINGS)}
     return subprocess.run(
         command, env={**clean, **env}, cwd=cwd, capture_output=True, text=True, timeout=300
     )
@@ -285,7 +285,7 @@ def test_ablate_crosses_rows_with_a_grid_and_redraws(made):
         (["--artifact", "ART", "--grid", "EVAL_STRIDE=64", "sliding_window"], "EVAL_STRIDE=64"),
         (
             ["--artifact", "ART", "--grid", "SLOT_STEPS=1,0", "slot"],
-            "--grid SLOT_STEPS=0: allowed: integer, 1 to 1000",
+            "--grid SLOT_STEPS=0: allowed: integer, 1 to 1,000",
         ),
     ],
 )

@@ -38,7 +38,7 @@ def plain_muon(w, g, buffer, c, lr, momentum):
 def test_banked_muon_and_adamw_equal_their_plain_versions():
     c = config(GRAD_CLIP_NORM="0.5")
     model, run = random_model(c), t.Run(c)
-    optimizer = t.Optimizer(c, run, model)
+    optimizer = t.Optimizer(c, run.ranks, model)
     plain = {
         n: p.detach().clone()
         for n, p in t.split_banks(dict(model.named_parameters()), c.num_layers).items()
@@ -51,7 +51,7 @@ def test_banked_muon_and_adamw_equal_their_plain_versions():
     }
     lr_of = {"embed": c.tied_embed_lr, "scalar": c.scalar_lr}
     adam = torch.optim.AdamW(
-        [dict(params=[p], lr=lr_of[t.parameter_rule(n)[1]]) for n, p in small.items()],
+        [dict(params=[p], lr=lr_of[t.parameter_rule(n).group]) for n, p in small.items()],
         betas=(c.beta1, c.beta2),
         eps=c.adam_eps,
         weight_decay=c.adam_wd,
@@ -71,7 +71,7 @@ def test_banked_muon_and_adamw_equal_their_plain_versions():
         for n, p in small.items():
             p.grad = grads[n]
         for group, (n, p) in zip(adam.param_groups, small.items()):
-            group["lr"] = lr_of[t.parameter_rule(n)[1]] * 0.7
+            group["lr"] = lr_of[t.parameter_rule(n).group] * 0.7
         adam.step()
         for n in plain:
             if n not in small:
@@ -87,17 +87,19 @@ def test_banked_muon_and_adamw_equal_their_plain_versions():
 
 def test_lr_falls_to_zero_before_whichever_end_is_nearer():
     c = config(ITERATIONS="9000", WARMDOWN_ITERS="3500", MAX_WALLCLOCK_SECONDS="600")
-    assert t.lr_scale(c, 0, 0.0, 0.0) == t.lr_scale(c, 3000, 3000 * 84.0, 84.0) == 1.0
-    assert t.lr_scale(c, 5000, 5000 * 84.0, 84.0) == pytest.approx(
+    assert t.lr_factor(c, 0, 0.0, 0.0) == t.lr_factor(c, 3000, 3000 * 84.0, 84.0) == 1.0
+    assert t.lr_factor(c, 5000, 5000 * 84.0, 84.0) == pytest.approx(
         (600_000 - 420_000) / (3500 * 84)
     )  # time ends first
-    assert t.lr_scale(c, 7000, 7000 * 10.0, 10.0) == pytest.approx(
+    assert t.lr_factor(c, 7000, 7000 * 10.0, 10.0) == pytest.approx(
         2000 / 3500
     )  # steps end first, in spite of a large cap
-    assert t.lr_scale(c, 9000, 9000 * 10.0, 10.0) == 0 and t.lr_scale(c, 7200, 700_000.0, 84.0) == 0
+    assert (
+        t.lr_factor(c, 9000, 9000 * 10.0, 10.0) == 0 and t.lr_factor(c, 7200, 700_000.0, 84.0) == 0
+    )
     uncapped = config(ITERATIONS="100", WARMDOWN_ITERS="20", MAX_WALLCLOCK_SECONDS="0")
-    assert [t.lr_scale(uncapped, s, 1e9, 1e6) for s in (0, 80, 90, 100)] == [1, 1, 0.5, 0]
-    assert t.lr_scale(config(WARMDOWN_ITERS="0"), 5, 1.0, 1.0) == 1
+    assert [t.lr_factor(uncapped, s, 1e9, 1e6) for s in (0, 80, 90, 100)] == [1, 1, 0.5, 0]
+    assert t.lr_factor(config(WARMDOWN_ITERS="0"), 5, 1.0, 1.0) == 1
 
 
 def test_momentum_and_ttt_rate():
@@ -149,7 +151,7 @@ def test_export_loses_little_at_any_length_of_run(steps, tiny):
 
 def test_the_best_average_is_the_one_in_the_model(tiny_data):
     c = config(tiny_data)
-    run, data, model = t.Run(c), t.TrainData(c, t.Run(c)), t.GPT(c)
+    run, data, model = t.Run(c), t.TrainData(c, t.Ranks(c)), t.GPT(c)
     averages = t.Averages(c, model.parameters())
     good = [p.detach().clone() for p in model.parameters()]
     averages.kept, averages.snapshots = (
@@ -168,18 +170,17 @@ def test_late_qat_trains_exactly_the_exported_matrices_on_their_grid_and_leaves_
     quant, tiny_data
 ):
     c = config(tiny_data, QUANT=quant)
-    run, seen = t.Run(c), []
+    ranks, seen = t.Ranks(c), []
     model = random_model(c)
-    optimizer, before = (
-        t.Optimizer(c, run, model),
-        {n: p.detach().clone() for n, p in model.named_parameters()},
-    )
-    batch = next(t.TrainData(c, run).batches())
-    optimizer.step = lambda loss, scale, momentum: torch.zeros(())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer, qat, data = t.Optimizer(c, ranks, model), t.LateQat(c, model), t.TrainData(c, ranks)
+    batch = next(data.batches())
+    optimizer.step = lambda loss, lr_factor, momentum: torch.zeros(())
     forward = model.forward
-    t.start_qat(c, run, model, t.TrainData(c, run), optimizer)
-    rounded = t.Quantizer(c, model.state_dict(), optimizer.grid or None).rounded(optimizer.qat_step)
-    expected = {n: w for n, w in rounded.items() if t.parameter_rule(n)[2] in t.LEVELS}
+    qat.start(ranks, data)
+    quantizer = t.make_quantizer(c, model.state_dict(), qat.calibration())
+    rounded = quantizer.rounded(qat.step_size)
+    expected = {n: w for n, w in rounded.items() if t.parameter_rule(n).export in t.LEVELS}
     assert not any(
         torch.equal(w, t.split_banks(before, c.num_layers)[n]) for n, w in expected.items()
     )
@@ -194,14 +195,14 @@ def test_late_qat_trains_exactly_the_exported_matrices_on_their_grid_and_leaves_
         return forward(*args)
 
     model.forward = spy
-    t.train_step(c, run, model, optimizer, batch, 0, 0.4)
+    t.train_step(c, ranks, model, optimizer, batch, step=0, lr_factor=0.4, qat=qat)
     for n, w in seen[0].items():
         torch.testing.assert_close(
             w, expected.get(n, t.split_banks(before, c.num_layers)[n]), rtol=1e-6, atol=0, msg=n
         )
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    optimizer.qat_step = 0.0
-    t.train_step(c, run, model, optimizer, batch, 0, 0.6)
+    qat.step_size = 0.0
+    t.train_step(c, ranks, model, optimizer, batch, step=0, lr_factor=0.6, qat=qat)
     assert all(torch.equal(w, t.split_banks(before, c.num_layers)[n]) for n, w in seen[-1].items())
 
 
@@ -221,7 +222,7 @@ def test_priming_leaves_no_trace(tiny_data):
     c = config(tiny_data, WARMUP_STEPS="2")
     run, model = t.Run(c), t.GPT(c)
     before = [p.detach().clone() for p in model.parameters()]
-    t.prime(c, run, model, t.TrainData(c, run))
+    t.prime(c, run, model, t.TrainData(c, run.ranks))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before)) and all(
         p.grad is None for p in model.parameters()
     )

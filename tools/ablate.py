@@ -38,11 +38,11 @@ COLOURS = {True: "#2a78b5", False: "#c8553d"}  # causal, not causal; apart for c
 
 def parse_row(text, env, base):
     """(name, evaluator, Config) of a row's words; base: the artifact's Config. Raises BadInput."""
-    names = "|".join((*t.EVALS, *t.PRESETS))
+    names = "|".join((*t.EVALUATORS, *t.PRESETS))
     match = re.fullmatch(rf"(?:([^=]+)=)?({names})((?: +\w+=\S*)*)", text)
     if not match:
         raise t.BadInput(
-            f"{text!r}: a row is [NAME=]EVALUATOR or [NAME=]PRESET, then SETTING=VALUE; evaluators: {', '.join(t.EVALS)}; presets: "
+            f"{text!r}: a row is [NAME=]EVALUATOR or [NAME=]PRESET, then SETTING=VALUE; evaluators: {', '.join(t.EVALUATORS)}; presets: "
             f"{', '.join(t.PRESETS)}."
         )
     name, first, rest = match.groups()
@@ -55,7 +55,7 @@ def parse_row(text, env, base):
     # the artifact's model settings, then the environment, then the preset's evaluation, then the row's own
     preset = {k: v for k, v in t.PRESETS.get(first, {}).items() if k.startswith(EVALUATION)}
     shape = {n: t.shown(getattr(base, n.lower())) for n in t.MODEL_SETTINGS}
-    label = first if first in t.EVALS else None
+    label = first if first in t.EVALUATORS else None
     c = t.load_config(
         {**env, **shape, **preset, **given, **({"EVALS": label} if label else {"EVALS": "auto"})}
     )
@@ -65,7 +65,7 @@ def parse_row(text, env, base):
 def grid_value(name, text):
     """Value of a grid's setting. Raises BadInput."""
     try:
-        return t.parse_setting(next(s for s in t.SETTINGS if s.name == name), text)
+        return t.parse_value(t.SETTINGS[name], text)
     except ValueError as why:
         raise t.BadInput(f"--grid {name}={text}: {why}.") from None
 
@@ -264,7 +264,7 @@ def ablate(run, model, val, rows):
         loss, bpb = t.mean_and_bpb(val, torch.from_numpy(nats))
         diff, low, high = interval(nats, base, doc, val.bytes)
         broken = t.broken_conditions(c, label)
-        run.metric(
+        run.log.metric(
             f"ablate_{name}",
             evaluator=label,
             val_loss=loss,
@@ -351,7 +351,7 @@ def main(argv=None):
         env = {**os.environ, "RUN_ID": args.run_id, "RESUME": "0"}
         if not args.artifact or not args.rows:
             raise t.BadInput("--artifact and at least one row are needed; see --help.")
-        known = {s.name for s in t.SETTINGS if s.name.startswith(EVALUATION)}
+        known = {name for name in t.SETTINGS if name.startswith(EVALUATION)}
         grid = [(g.partition("=")[0], g.partition("=")[2].split(",")) for g in args.grid]
         if [n for n, values in grid if n not in known or not values[0]]:
             raise t.BadInput(
@@ -363,20 +363,20 @@ def main(argv=None):
             problems = t.cross_check(row)
             if problems:
                 raise t.BadInput(" ".join(problems))
-        run.start(c)
+        run.log.start()
         results = ablate(run, model, val, rows)
     except (t.BadInput, t.Fault, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    if run.rank == 0:
-        with open(run.folder / "ablate.csv", "w", newline="") as file:
+    if run.ranks.rank == 0:
+        with open(run.log.folder / "ablate.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, results[0])
             writer.writeheader()
             writer.writerows(
                 {**row, "grid": " ".join(f"{k}={v}" for k, v in row["grid"].items())}
                 for row in results
             )
-        draw(results, run.folder, args.title or args.run_id)
+        draw(results, run.log.folder, args.title or args.run_id)
         print("\n".join(table(results)), flush=True)
     return 0
 

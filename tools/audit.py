@@ -63,7 +63,9 @@ def boundaries(c, run, label, n):
     starts, firsts = t.plan_windows(n, T, T if label == "roundtrip" else c.eval_stride)
     heads = starts + firsts + 1
     size = (
-        c.slot_batch_seqs if label.endswith("slot") else max(1, c.val_batch_size // (T * run.world))
+        c.slot_batch_seqs
+        if label.endswith("slot")
+        else max(1, c.val_batch_size // (T * run.ranks.world))
     )
     chunks = [int(np.searchsorted(heads, k + 1)) for k in range(0, n, c.ttt_chunk_tokens)]
     picked = [
@@ -117,84 +119,50 @@ def sums(run, model, tokens, label, c, where):
     return worst
 
 
-class Ledger:
-    """Which window scores each target, and which windows' parameters were fitted to it, seen at the script's own calls."""
+class Ledger(t.Observer):
+    """Which window scores each target, and which windows' parameters were fitted to it."""
 
     def __init__(self, c, label, n):
-        self.c, self.T, self.next, self.early, self.uses = c, c.eval_seq_len, 0, 0, 0
+        self.c, self.label, self.T = c, label, c.eval_seq_len
+        self.next, self.early, self.uses = 0, 0, 0
         starts, firsts = t.plan_windows(
             n, self.T, self.T if label == "roundtrip" else c.eval_stride
         )
-        self.starts, self.scored_by, self.count = (
-            starts,
-            np.repeat(np.arange(len(starts)), self.T - firsts),
-            np.zeros(n, int),
-        )
+        self.scored_by = np.repeat(np.arange(len(starts)), self.T - firsts)
+        self.count = np.zeros(n, int)
 
-    def use(self, targets, window):
-        """Note that the parameters for `window` and later ones were fitted to these targets."""
+    def scoring(self, starts, firsts):
+        """Count the targets that these windows score."""
+        self.next += len(starts)
+        for start, first in zip(starts, firsts, strict=True):
+            self.count[start + first : start + self.T] += 1
+
+    def learned(self, begin, end):
+        """All windows that are not yet scored depend on these targets."""
+        self.fitted(np.arange(begin, end), self.next)
+
+    def fitted(self, targets, window):
+        """Note that what `window` and later ones are scored with was fitted to these targets."""
         self.uses += len(targets)
         self.early += int((self.scored_by[targets] >= window).sum())
 
-    def watch(self, run, model, tokens, label):
+    def watch(self, run, model, tokens):
         """Run the evaluator with the ledger open; returns itself."""
-        names = [
-            (t, "score_batch"),
-            (t.ChunkTrainer, "train"),
-            (t.Ctw, "learn"),
-            (t.Slot, "nats"),
-            (t.Slot, "fit"),
-        ]
-        kept = [getattr(*name) for name in names]
-
-        def score_batch(c, run, model, val, starts, firsts, *rest):
-            self.next += len(starts)
-            for start, first in zip(starts, firsts):
-                self.count[start + first : start + self.T] += 1
-            return kept[0](c, run, model, val, starts, firsts, *rest)
-
-        def train(trainer, tokens, begin, end, *rest):
-            self.use(np.arange(begin, end), self.next)
-            return kept[1](trainer, tokens, begin, end, *rest)
-
-        def learn(ctw, end):
-            self.use(np.arange(ctw.end, end), self.next)
-            return kept[2](ctw, end)
-
-        def nats(slot, b):
-            self.batch = b.h
-            return kept[3](slot, b)
-
-        def fit(slot, h, targets, rows, shares, *rest):
-            R = self.batch.size(1)  # the last rows of each window
-            offset = (h.data_ptr() - self.batch.data_ptr()) // (
-                h.element_size() * h.size(1) * R
-            )  # of its first window
-            first, windows = self.next - len(self.batch) + offset, len(h) // R
-            for group, share in zip(rows.cpu().numpy(), shares.cpu().numpy()):
-                used, own = group[share > 0], first + (group[:1] // R).sum() * (len(rows) > 1)
-                self.use(
-                    self.starts[first + used // R] + self.T - R + used % R,
-                    first + windows if self.c.slot_loss == "past" else own,
-                )
-            return kept[4](slot, h, targets, rows, shares, *rest)
-
-        try:
-            for (owner, name), new in zip(names, (score_batch, train, learn, nats, fit)):
-                setattr(owner, name, new)
-            score(run, model, tokens, label, self.c)
-        finally:
-            for (owner, name), old in zip(names, kept):
-                setattr(owner, name, old)
+        with t.put_back(model.parameters()):
+            t.score(run, model, Stream(tokens), [(self.label, self.c)], observer=self)
         if self.c.prequant_ttt_enabled:  # the artifact itself was trained on all of them
-            self.use(np.arange(len(self.count)), 0)
+            self.fitted(np.arange(len(self.count)), 0)
         return self
 
 
 def floor(run, model, c, label, n, rng):
     """(mean nats on uniform random tokens less ln V, its standard error)."""
     nats = score(
-        run, model, torch.from_numpy(rng.integers(0, c.vocab_size, n + 1)).to(run.device), label, c
+        run,
+        model,
+        torch.from_numpy(rng.integers(0, c.vocab_size, n + 1)).to(run.ranks.device),
+        label,
+        c,
     ).double()
     return nats.mean().item() - math.log(c.vocab_size), nats.std().item() / math.sqrt(n)
 
@@ -220,8 +188,10 @@ def audit(run, model, tokens, label, c, count=24, sum_count=1, seed=0):
         if places
         else None
     )
-    ledger = Ledger(c, label, n).watch(run, model, tokens, label) if run.world == 1 else None
-    gap, error = floor(run, t.GPT(c, model.dtype, model.attention).to(run.device), c, label, n, rng)
+    ledger = Ledger(c, label, n).watch(run, model, tokens) if run.ranks.world == 1 else None
+    gap, error = floor(
+        run, t.GPT(c, model.dtype, model.attend).to(run.ranks.device), c, label, n, rng
+    )
     broken = ["C1"] * (moved > 0) + ["C2"] * (off is not None and off > 2e-5)
     if ledger:
         broken += ["C3"] * (ledger.early > 0) + ["C4"] * bool((ledger.count != 1).any())
@@ -268,13 +238,13 @@ def load(artifact, env):
     c, state = t.read_artifact(t.load_config({**env, "LOAD_ARTIFACT": str(artifact)}))
     run = t.Run(c)
     val, model = (
-        t.ValData(c, run),
-        t.GPT(c, run.dtype, t.choose_attention(c.attention, run.device)[1]),
+        t.ValData(c, run.ranks),
+        t.GPT(c, run.ranks.dtype, t.choose_attention(c.attention, run.ranks.device)[1]),
     )
     t.load_state(model, state, f"LOAD_ARTIFACT={artifact}")
-    if run.world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if run.cuda else "gloo")
-    return run, c, model.to(run.device), val
+    if run.ranks.world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if run.ranks.cuda else "gloo")
+    return run, c, model.to(run.ranks.device), val
 
 
 def settings_of(words, preset):
@@ -310,7 +280,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         run, c, model, val = load(args.artifact, settings_of(args.settings, args.preset))
-        run.log = lambda text: None  # no progress lines
+        run.log.line = lambda text: None  # no progress lines
         n = min(val.n, max(args.targets, 2 * c.eval_seq_len) // c.eval_seq_len * c.eval_seq_len)
         c = shrink(c, n)
         reports = [
@@ -320,9 +290,9 @@ def main(argv=None):
     except (t.BadInput, t.Fault) as problem:
         print(f"error: {problem}", file=sys.stderr, flush=True)
         return 2
-    if run.rank == 0:
+    if run.ranks.rank == 0:
         print(
-            f"{n} targets, {run.world} rank(s), chunks of {c.ttt_chunk_tokens}, SLOT_BATCH_SEQS {c.slot_batch_seqs}"
+            f"{n} targets, {run.ranks.world} rank(s), chunks of {c.ttt_chunk_tokens}, SLOT_BATCH_SEQS {c.slot_batch_seqs}"
         )
         print("\n".join(table(reports)), flush=True)
     return int(not all(r["ok"] for r in reports))

@@ -73,36 +73,38 @@ class Bench:
 
     def __init__(self, c, rounds, targets):
         self.c, self.rounds, self.targets, self.run = c, rounds, targets, t.Run(c)
-        self.runs = {name: copy.copy(self.run) for name in ("script", "compiled")}
-        for name, run in self.runs.items():
-            run.compile = name == "compiled"
-        self.attention = t.choose_attention(c.attention, self.run.device)
-        self.data = t.TrainData(c, self.run)
-        self.compiles = self.run.cuda or c.compile != "0"
+        self.runs = {}
+        for name in ("script", "compiled"):
+            run = self.runs[name] = copy.copy(self.run)
+            run.ranks = copy.copy(self.run.ranks)
+            run.ranks.compile = name == "compiled"
+        self.attention = t.choose_attention(c.attention, self.run.ranks.device)
+        self.data = t.TrainData(c, self.run.ranks)
+        self.compiles = self.run.ranks.cuda or c.compile != "0"
 
     def model(self, compiled):
         """A GPT with weights that are not the initial ones, whose output matrices are zero."""
         model, g = (
-            t.GPT(self.c, self.run.dtype, self.attention[1]),
+            t.GPT(self.c, self.run.ranks.dtype, self.attention[1]),
             torch.Generator().manual_seed(1),
         )
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if p.dim() > 1:
                     p.add_(torch.randn(p.shape, generator=g) * p.size(-1) ** -0.5 / 2)
-        model.to(self.run.device)
+        model.to(self.run.ranks.device)
         if compiled:
             t.compile_model(model)
         return model
 
     def sides(self):
         """{"plain": PlainGPT, "script": GPT, "compiled": GPT}, on a GPU without "script"; all with the same weights."""
-        models = {"script": self.model(False)} if not self.run.cuda else {}
+        models = {"script": self.model(False)} if not self.run.ranks.cuda else {}
         if self.compiles:
             models["compiled"] = self.model(True)
         return {
             "plain": plain.plain_model(
-                self.c, next(iter(models.values())), self.run.device, self.run.cuda
+                self.c, next(iter(models.values())), self.run.ranks.device, self.run.ranks.cuda
             ),
             **models,
         }
@@ -114,7 +116,7 @@ class Bench:
             raise t.BadInput(
                 f"--targets {targets}: the first validation shard has {len(tokens) - 1}; give less."
             )
-        return Stream(torch.from_numpy(tokens).to(self.run.device))
+        return Stream(torch.from_numpy(tokens).to(self.run.ranks.device))
 
     def largest_block(self, sequences):
         """Bytes of the largest tensor, of so many sequences, that glibc's own rule would learn to keep: under 32 MiB."""
@@ -133,10 +135,10 @@ class Bench:
             for name, function in work.items():
                 t.keep_freed_memory(*((block, 2 * block) if "plain" in name else ()))
                 gc.collect()
-                self.run.synchronize()
+                self.run.ranks.synchronize()
                 began = time.perf_counter()
                 function()
-                self.run.synchronize()
+                self.run.ranks.synchronize()
                 if i:
                     seconds[name].append(time.perf_counter() - began)
         return seconds
@@ -166,11 +168,11 @@ def equal(what, found, limit):
             .max()
             .item()
         )
-        t.refuse(
-            not gap <= limit,
-            f"{what}: {name} differs from the plain version by {gap:.2e}, over {limit}; only equal work is compared.",
-            t.Fault,
-        )
+        if not gap <= limit:
+            raise t.Fault(
+                f"{what}: {name} differs from the plain version by {gap:.2e}, over {limit}; only"
+                " equal work is compared."
+            )
 
 
 def bench_step(b):
@@ -179,30 +181,34 @@ def bench_step(b):
     for name, model in b.sides().items():
         if name == "plain":
             trainer = plain.PlainTrainer(c, model)
-            parts = t.micro_batches(run, c.train_batch_tokens // c.train_seq_len, c.train_seq_len)
+            parts = t.micro_batches(
+                run.ranks, c.train_batch_tokens // c.train_seq_len, c.train_seq_len
+            )
 
             def step(i, trainer=trainer, parts=parts):
-                rows = b.data.load(i).to(run.device)
+                rows = b.data.load(i).to(run.ranks.device)
                 return trainer.step(rows[:, :-1].chunk(parts), rows[:, 1:].chunk(parts), i, 1.0)
         else:
             optimizer, averages, feed = (
-                t.Optimizer(c, run, model),
+                t.Optimizer(c, run.ranks, model),
                 t.Averages(c, model.parameters()),
                 b.data.batches(),
             )
 
             def step(i, model=model, optimizer=optimizer, averages=averages, feed=feed):
-                loss, _ = t.train_step(c, run, model, optimizer, next(feed), i, 1.0)
+                loss, _ = t.train_step(
+                    c, run.ranks, model, optimizer, next(feed), step=i, lr_factor=1.0
+                )
                 averages.update(1.0)
                 return loss
 
-        if run.cuda:
+        if run.ranks.cuda:
             torch.cuda.reset_peak_memory_stats()
         losses[name] = [float(step(i)) for i in range(3)]
-        memory[name] = torch.cuda.max_memory_allocated() if run.cuda else 0
+        memory[name] = torch.cuda.max_memory_allocated() if run.ranks.cuda else 0
         count = iter(range(3, 10**6))
         work[name] = lambda step=step, count=count: [step(next(count)) for _ in range(STEPS)]
-    equal("training loss", losses, 2e-2 if run.cuda else 1e-4)
+    equal("training loss", losses, 2e-2 if run.ranks.cuda else 1e-4)
     seconds = {
         name: [s / STEPS for s in found]
         for name, found in b.compare(
@@ -210,7 +216,7 @@ def bench_step(b):
         ).items()
     }
     more = {"tokens": c.train_batch_tokens}
-    if run.cuda:
+    if run.ranks.cuda:
         more["memory"] = memory
         peak = PEAK.get(torch.cuda.get_device_name())
         if peak:
@@ -247,7 +253,10 @@ def measure_memory(b, name):
     if name == "plain":
         trainer = plain.PlainTrainer(b.c, model)
     else:
-        optimizer, averages = t.Optimizer(b.c, b.run, model), t.Averages(b.c, model.parameters())
+        optimizer, averages = (
+            t.Optimizer(b.c, b.run.ranks, model),
+            t.Averages(b.c, model.parameters()),
+        )
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = status("VmRSS")
     for i in range(3):
@@ -255,7 +264,8 @@ def measure_memory(b, name):
         if name == "plain":
             trainer.step([rows[:, :-1]], [rows[:, 1:]], i, 1.0)
         else:
-            t.train_step(b.c, b.run, model, optimizer, (rows[:, :-1], rows[:, 1:]), i, 1.0)
+            batch = rows[:, :-1], rows[:, 1:]
+            t.train_step(b.c, b.run.ranks, model, optimizer, batch, step=i, lr_factor=1.0)
             averages.update(1.0)
     return status("VmHWM") - before
 
@@ -285,7 +295,7 @@ def bench_sliding(b):
         equal(
             "sliding val_loss",
             {name: x.double().mean() for name, x in nats.items()},
-            1e-3 if b.run.cuda else 2e-6,
+            1e-3 if b.run.ranks.cuda else 2e-6,
         )
         rows.append(row(f"stride {b.c.eval_stride}, {what}", seconds, tokens=val.n))
     return rows
@@ -297,10 +307,10 @@ def timed(run, owner, name, into):
     function = getattr(owner, name)
 
     def wrapped(*args, **more):
-        run.synchronize()
+        run.ranks.synchronize()
         began = time.perf_counter()
         result = function(*args, **more)
-        run.synchronize()
+        run.ranks.synchronize()
         into[0] += time.perf_counter() - began
         return result
 
@@ -328,7 +338,7 @@ def bench_ttt(b):
                 ).run()
             else:
                 nats[name] = t.score(b.runs[name], model, val, [("ttt_slot", c)])[0][0].cpu()
-        b.run.synchronize()
+        b.run.ranks.synchronize()
         training.setdefault(name, []).append(spent[0])
         parts["score"].setdefault(name, []).append((time.perf_counter() - began - spent[0]) / 3)
         parts["train"].setdefault(name, []).append(spent[0] / 2)
@@ -341,7 +351,7 @@ def bench_ttt(b):
     equal(
         "TTT + SLOT val_loss",
         {name: x.double().mean() for name, x in nats.items()},
-        1e-2 if b.run.cuda else 1e-5,
+        1e-2 if b.run.ranks.cuda else 1e-5,
     )
     rows = [row("three chunks, two trained on", whole, tokens=val.n)]
     return rows + [
@@ -373,7 +383,7 @@ def bench_slot(b):
         equal(
             f"SLOT, {what}: val_loss",
             {name: x.double().mean() for name, x in nats.items()},
-            1e-3 if b.run.cuda else 1e-5,
+            1e-3 if b.run.ranks.cuda else 1e-5,
         )
         pairs = {name: [*zip(found[name, "slot"], found[name, "sliding_window"])] for name in sides}
         rows.append(
@@ -405,17 +415,14 @@ def bench_export(b, changes=None):
             sizes[name] = len(plain.plain_quantize(c, state)[0])
             torch.set_num_threads(threads)
         else:
-            there = {n: p.to(b.run.device) for n, p in state.items()}
+            there = {n: p.to(b.run.ranks.device) for n, p in state.items()}
             steps = {
                 n: torch.zeros(sum(w.shape), dtype=torch.int8, device=w.device)
                 for n, w in t.split_banks(there, c.num_layers).items()
-                if t.parameter_rule(n)[2] in t.LEVELS
+                if t.parameter_rule(n).export in t.LEVELS
             }
-            sizes[name] = len(
-                t.Quantizer(c, there, steps).fit(
-                    c.artifact_bytes - Path(t.__file__).stat().st_size
-                )[0]
-            )
+            quantizer = t.make_quantizer(c, there, t.Calibration(steps, {}))
+            sizes[name] = len(quantizer.fit(t.bytes_for_weights(c))[0])
 
     rounds, b.rounds = b.rounds, 1 if changes is None else b.rounds
     block = 4 * max(p[0].numel() for p in model.parameters() if p.dim() == 3)
@@ -426,14 +433,15 @@ def bench_export(b, changes=None):
 
 def bench_start(b, rounds=5):
     """Import, --help, and the script's first and second start with COMPILE=1, each a process."""
-    env = {k: v for k, v in os.environ.items() if k not in t.NAMES}
+    env = {k: v for k, v in os.environ.items() if k not in t.SETTINGS}
 
     def process(*words, cwd=ROOT, **more):
         began = time.perf_counter()
         done = subprocess.run(
             [sys.executable, *words], env={**env, **more}, cwd=cwd, capture_output=True, text=True
         )
-        t.refuse(done.returncode, f"{' '.join(words)}: {done.stderr[-500:]}", t.Fault)
+        if done.returncode:
+            raise t.Fault(f"{' '.join(words)}: {done.stderr[-500:]}")
         return time.perf_counter() - began
 
     script, rows = str(ROOT / "train_gpt.py"), []
@@ -449,7 +457,7 @@ def bench_start(b, rounds=5):
     if b.compiles:
         settings = {
             name: t.shown(getattr(b.c, name.lower()))
-            for name in t.NAMES
+            for name in t.SETTINGS
             if name.lower() in b.c.explicit or name == "PRESET"
         }
         settings |= {
@@ -500,7 +508,7 @@ def bench_lineage(folder):
             "DEVICE": "cpu",
         }
         settings |= {"PRESET": "pr1313", "VRL_ENABLED": "1"} if name == "b1313" else {}
-        known = {k: v for k, v in settings.items() if k in t.NAMES}
+        known = {k: v for k, v in settings.items() if k in t.SETTINGS}
         c = t.load_config({**known, "LOAD_ARTIFACT": str(folder / name / "final_model.ptz")})
         c, state = t.read_artifact(c)
         run, model = t.Run(c), t.GPT(c)
@@ -510,15 +518,17 @@ def bench_lineage(folder):
         for label, seconds in theirs.items():
             if label == "step":
                 other = t.GPT(c)
-                optimizer, averages = t.Optimizer(c, run, other), t.Averages(c, other.parameters())
+                optimizer, averages = (
+                    t.Optimizer(c, run.ranks, other),
+                    t.Averages(c, other.parameters()),
+                )
                 rows_of = val.tokens[: c.train_batch_tokens + 1].unfold(
                     0, c.train_seq_len + 1, c.train_seq_len
                 )
 
                 def work():
-                    t.train_step(
-                        c, run, other, optimizer, (rows_of[:, :-1], rows_of[:, 1:]), 0, 1.0
-                    )
+                    batch = rows_of[:, :-1], rows_of[:, 1:]
+                    t.train_step(c, run.ranks, other, optimizer, batch, step=0, lr_factor=1.0)
                     averages.update(1.0)
 
                 ours = cpu_seconds(work, 8)
@@ -638,7 +648,7 @@ def notes(row):
 
 def device_name(run):
     """(title, file name) of this machine."""
-    if run.cuda:
+    if run.ranks.cuda:
         name = torch.cuda.get_device_name()
         return f"One {name}", re.sub(r"\W+", "_", name.removeprefix("NVIDIA ").lower())
     with contextlib.suppress(OSError):
@@ -674,11 +684,11 @@ def main():
         given = sorted(b.c.explicit - {"preset", "data_path", "tokenizer_path"})
         found = {
             "device": title,
-            "cuda": b.run.cuda,
+            "cuda": b.run.ranks.cuda,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "rounds": b.rounds,
-            "attention": t.attention_kernel(b.attention[0], b.c, b.run),
+            "attention": t.attention_kernel(b.attention[0], b.c, b.run.ranks),
             "configuration": " ".join(
                 [
                     f"PRESET={t.shown(b.c.preset)}",

@@ -205,7 +205,7 @@ class PlainTrainer:
             },
         )
         for name, p in model.named_parameters():
-            groups.setdefault(t.parameter_rule(name)[1], []).append(p)
+            groups.setdefault(t.parameter_rule(name).group, []).append(p)
         self.matrices = groups.pop("muon")
         self.adam = torch.optim.AdamW(
             [dict(params=params, rate=rates[kind]) for kind, params in groups.items()],
@@ -397,7 +397,7 @@ def plain_quantize(c, state):
     then LZMA's preset 6 over torch.save."""
     out = {}
     for name, w in t.split_banks(state, c.num_layers).items():
-        kind = t.parameter_rule(name)[2]
+        kind = t.parameter_rule(name).export
         if kind not in t.LEVELS:
             out[name] = w.half() if kind == "fp16" else w
             continue

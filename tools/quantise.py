@@ -52,7 +52,7 @@ def compare(run, c, model, val, data, rows, budgets):
         {n: p.clone() for n, p in model.state_dict().items()},
         {},
     )
-    run.metric(
+    run.log.metric(
         "unquantised",
         val_loss=before.mean().item(),
         tokens=val.n,
@@ -60,14 +60,16 @@ def compare(run, c, model, val, data, rows, budgets):
     )
     for name, config in rows:
         began = perf_counter()
-        calibrated = () if config.quant == "gptq_lite" else t.calibrate(config, run, model, data)
-        calibration = perf_counter() - began
+        calibration = None
+        if config.quant != "gptq_lite":
+            calibration = t.calibrate(config, run.ranks, model, data)
+        calibrated = perf_counter() - began
         for budget in budgets:
             began = perf_counter()
             try:
-                blob, figures = t.Quantizer(config, state, *calibrated).fit(budget or 10**12)
+                blob, figures = t.make_quantizer(config, state, calibration).fit(budget or 10**12)
             except t.Fault:
-                run.log(f"{name}@{budget} does not fit at any step")
+                run.log.line(f"{name}@{budget} does not fit at any step")
                 continue
             packed = perf_counter()
             t.load_state(model, t.unpack(blob)[0], "artifact")
@@ -79,11 +81,11 @@ def compare(run, c, model, val, data, rows, budgets):
                 **figures,
                 damage=change.mean().item(),
                 error=(change.std() / len(change) ** 0.5).item(),
-                calibrate=calibration,
+                calibrate=calibrated,
                 quantise=packed - began,
                 load=loaded - packed,
             )
-            run.metric(label, **found[label])
+            run.log.metric(label, **found[label])
             model.load_state_dict(state)
     return found
 
@@ -128,10 +130,8 @@ def main(argv=None):
         print("\n".join(table(args.table)))
         return 0
     try:
-        t.refuse(
-            not (args.checkpoint and args.run_id and args.rows),
-            "--checkpoint, --run-id and at least one row are needed; see --help.",
-        )
+        if not (args.checkpoint and args.run_id and args.rows):
+            raise t.BadInput("--checkpoint, --run-id and at least one row are needed; see --help.")
         env = {
             **os.environ,
             "RUN_ID": args.run_id,
@@ -144,9 +144,9 @@ def main(argv=None):
         run, kind = t.Run(c), f"{args.average}." if args.average else ""
         tensors, model, val, data = (
             t.read_checkpoint(args.checkpoint),
-            t.GPT(c).to(run.device),
-            t.ValData(c, run),
-            t.TrainData(c, run),
+            t.GPT(c).to(run.ranks.device),
+            t.ValData(c, run.ranks),
+            t.TrainData(c, run.ranks),
         )
         there = {n.removeprefix(kind): w for n, w in tensors.items() if n.startswith(kind)}
         names = dict(model.named_parameters())
@@ -155,7 +155,7 @@ def main(argv=None):
             {n: w for n, w in there.items() if n in names},
             f"LOAD_CHECKPOINT={args.checkpoint}",
         )
-        run.start(c)
+        run.log.start()
         compare(run, c, model, val, data, rows, args.bytes or [0])
     except (t.BadInput, t.Fault) as problem:
         print(f"error: {problem}", file=sys.stderr)
