@@ -172,7 +172,7 @@ class Config:
     train_log_every: int = setting(500, "Steps between training lines, after ten.", low=1)
     data_order: Literal["shuffled", "coprime"] = setting(
         "shuffled",
-        "Sequences of a shard: a permutation, or steps of a stride coprime to their number.",
+        "Sequences of an epoch: a permutation, or steps of a stride coprime to their number.",
     )
 
     # ---- length of training
@@ -1446,10 +1446,10 @@ def open_split(c: Config, split: str) -> list[np.memmap]:
     return [open_shard(path, c.vocab_size, scan) for path in paths]
 
 
-@functools.lru_cache(maxsize=8)
-def permutation(seed: int, epoch: int, part: int, n: int) -> np.ndarray:
-    """Random order [n] of part 0 (shards) or 1 + shard (its sequences)."""
-    return np.random.default_rng((seed, epoch, part)).permutation(n)
+@functools.lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """Random order [n] of the sequences of an epoch."""
+    return np.random.default_rng((seed, epoch, 1)).permutation(n)
 
 
 def coprime_stride(n: int) -> int:
@@ -1479,6 +1479,7 @@ class TrainData:
         self.shards[longest] = self.shards[longest][:-keep]
         # sequences of each shard; one less than fit, to leave room for the cut to move
         self.counts = [max(0, (len(shard) - 1) // self.T - 1) for shard in self.shards]
+        self.ends = np.cumsum(self.counts)
         if not sum(self.counts) or len(self.held_out) < keep:
             raise BadInput(
                 f"DATA_PATH={c.data_path}: {total} training tokens are too few for"
@@ -1486,18 +1487,21 @@ class TrainData:
             )
 
     def sequence(self, i: int) -> np.ndarray:
-        """Tokens [T+1] of sequence i of the run. Raises Fault if its shard has shrunk or gone."""
-        epoch, i = divmod(i, sum(self.counts))
-        for shard in permutation(self.c.seed, epoch, 0, len(self.shards)).tolist():
-            if i < self.counts[shard]:
-                break
-            i -= self.counts[shard]
-        n = self.counts[shard]
-        order = permutation(self.c.seed, epoch, 1 + shard, n)
-        at = order[i]
+        """Tokens [T+1] of sequence i of the run. Raises Fault if its shard has shrunk or gone.
+
+        One order goes through the sequences of all shards: visited one after the other, shards of
+        different text would leave the model with the last one's.
+        """
+        total = int(self.ends[-1])
+        epoch, place = divmod(i, total)
+        order = permutation(self.c.seed, epoch, total)
+        index = int(order[place])
         if self.c.data_order == "coprime":
-            at = (order[0] + i * coprime_stride(n)) % n
-        return self.read(shard, int(order[0]) % self.T + int(at) * self.T)
+            index = (int(order[0]) + place * coprime_stride(total)) % total
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        cut = int(order[shard % total]) % self.T  # where the shard's first sequence begins
+        number = index - int(self.ends[shard]) + self.counts[shard]
+        return self.read(shard, cut + number * self.T)
 
     def read(self, shard: int, start: int) -> np.ndarray:
         """Tokens [T+1] from a place of a shard. Raises Fault."""

@@ -43,6 +43,20 @@ def test_an_epoch_serves_every_sequence_once_and_never_the_held_out_text(tiny_da
     )
 
 
+@pytest.mark.parametrize("order", ["shuffled", "coprime"])
+def test_an_epoch_goes_through_all_shards_at_once(order, tiny_data):
+    """Shards of different text: every part of an epoch has of each what it has in the whole."""
+    data = loader(tiny_data, DATA_ORDER=order)
+    total, shards = sum(data.counts), []
+    data.read = lambda shard, start: shards.append(shard)
+    for i in range(3 * total):
+        data.sequence(i)
+    share = data.counts[1] / total
+    for begin in range(0, 3 * total, total // 4):
+        part = shards[begin : begin + total // 4]
+        assert abs(np.mean(part) - share) < 4 * (share * (1 - share) / len(part)) ** 0.5
+
+
 def test_order_follows_the_seed_and_differs_between_epochs(tiny_data):
     a, same, other = (loader(tiny_data, SEED=s) for s in "112")
     n = sum(a.counts)
