@@ -2580,8 +2580,6 @@ class QuantisedMatrix(NamedTuple):
 class Quantizer:
     """What an export makes of a state. Subclasses choose the steps of rows and columns."""
 
-    finest = 2.0**-24  # the step size under which nothing changes any more
-
     def __init__(self, c: Config, state: Mapping[str, Tensor]) -> None:
         self.c = c
         split = split_banks(state, c.num_layers)
@@ -2598,6 +2596,11 @@ class Quantizer:
         """(rows, columns): steps of a matrix as they are stored."""
         raise NotImplementedError
 
+    @property
+    def finest(self) -> float:
+        """The step size under which nothing changes any more."""
+        return 2.0**-24
+
     def largest_level(self, name: str) -> int:
         """Largest level of a matrix."""
         return LEVELS[self.kinds[name]]
@@ -2610,16 +2613,22 @@ class Quantizer:
             for kind in kinds
         }
 
+    def nearest(
+        self, name: str, step_size: float, every: int = 1
+    ) -> tuple[QuantisedMatrix, Tensor]:
+        """(every so many rows of a matrix in the nearest levels, distances [rows,columns])."""
+        rows, columns = self.step_codes(name, step_size)
+        rows, w = rows[::every], self.state[name][::every]
+        distance = spacing(rows, columns, step_size)
+        levels = nearest_levels(w, distance, self.largest_level(name))
+        return QuantisedMatrix(rows, columns, levels), distance
+
     def quantise(self, step_size: float, thin: bool = False) -> dict[str, QuantisedMatrix]:
         """All matrices in levels; thin: about 64 rows of each, for an estimate."""
         found = {}
         for name in self.names:
             every = math.ceil(len(self.state[name]) / 64) if thin else 1
-            rows, columns = self.step_codes(name, step_size)
-            rows, w = rows[::every], self.state[name][::every]
-            distance = spacing(rows, columns, step_size)
-            levels = nearest_levels(w, distance, self.largest_level(name))
-            found[name] = QuantisedMatrix(rows, columns, levels)
+            found[name], _ = self.nearest(name, step_size, every)
         return found
 
     def rounded(self, step_size: float) -> dict[str, Tensor]:
@@ -2776,9 +2785,13 @@ class RateDistortion(Quantizer):
         for name, (_, columns) in self.grid.items():
             largest = (self.state[name].abs() * torch.exp2(-columns / 4)).amax(1)
             least[name] = largest / (self.largest_level(name) + 0.5)
-        floor = 2.0**-20 * max(t.max().item() for t in least.values()) + 1e-20
-        self.least = {name: t.clamp_min(floor) for name, t in least.items()}
-        self.finest = min(
+        floor = 2.0**-20 * torch.stack([t.max() for t in least.values()]).max() + 1e-20
+        self.least = {name: t.maximum(floor) for name, t in least.items()}
+
+    @functools.cached_property
+    def finest(self) -> float:
+        """The step size under which the least steps bind in every row."""
+        return min(
             (self.least[name] / torch.exp2(rows / 4)).min().item()
             for name, (rows, _) in self.grid.items()
         )
@@ -3917,7 +3930,8 @@ def train_on_validation(c: Config, run: Run, model: GPT, val: ValData) -> None:
 #
 # Quantisation-aware training: from the step at which rates have fallen to LATE_QAT_THRESHOLD the
 # forward sees weights rounded to the nearest level of the grid that the export would have taken at
-# that step, and the gradient there moves the weights themselves ("straight-through").
+# that step, and the gradient there moves the weights themselves ("straight-through"). Where a row
+# has outgrown the grid its step grows, as in the export. (GPTQ's error feedback is the export's.)
 # ==================================================================================================
 
 
@@ -3963,17 +3977,12 @@ class LateQat:
 
     @torch.no_grad()
     def round_weights(self) -> None:
-        """Put the nearest levels of the grid into the weights."""
-        quantizer_kind = GptqLite if self.c.quant == "gptq_lite" else RateDistortion
+        """Round the weights as the export would with this grid, outgrown rows included."""
+        params = dict(self.model.named_parameters())
+        quantizer = make_quantizer(self.c, params, self.calibration())
         for name, w in self.matrices().items():
-            kind = quantizer_kind.level_kind(self.c, parameter_rule(name).export)
-            if self.c.quant == "gptq_lite":
-                floor = self.step_size if kind == "int6" else 0
-                distance = row_scales(w, LEVELS[kind]).clamp_min(floor)
-            else:
-                rows, columns = self.grid[name].split(w.shape)
-                distance = spacing(rows, columns, self.step_size)
-            w.copy_(nearest_levels(w, distance, LEVELS[kind]).mul_(distance))
+            matrix, distance = quantizer.nearest(name, self.step_size)
+            w.copy_(matrix.levels.mul_(distance))
 
 
 # ==================================================================================================

@@ -225,6 +225,29 @@ def test_qat_rounds_to_the_artifacts_own_weights(tiny_data):
     assert changed == len(qat.grid) == 6 * c.num_layers + 3 and 0.9 < len(blob) / 30_000 < 1.1
 
 
+@pytest.mark.parametrize("quant", ["rd", "gptq", "gptq_lite"])
+def test_qat_follows_rows_that_outgrow_the_grid_as_the_export_does(quant, tiny_data):
+    """Training that goes on after the grid was fixed: no weight is clipped, all are the artifact's."""
+    c = config(tiny_data, ARTIFACT_BYTES=str(CODE + 30_000), QUANT=quant)
+    ranks, model = t.Ranks(c), random_model(c)
+    qat, data = t.LateQat(c, model), t.TrainData(c, ranks)
+    qat.start(ranks, data)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + 40 * (torch.arange(p.numel()) % 7 == 0).view(p.shape))  # far over the grid
+    kept = {n: w.clone() for n, w in t.split_banks(model.state_dict(), c.num_layers).items()}
+    quantizer = t.make_quantizer(c, model.state_dict(), qat.calibration())
+    exported = t.unpack(quantizer.pack(qat.step_size)[0])[0]
+    with qat.rounded_weights():
+        for name, w in qat.matrices().items():
+            assert torch.equal(w, exported[name]), name
+            if quant != "gptq_lite":  # which clips on purpose
+                distance = quantizer.nearest(name, qat.step_size)[1]
+                assert ((w - kept[name]).abs() <= 0.51 * distance).all(), name
+    for name, w in t.split_banks(model.state_dict(), c.num_layers).items():
+        assert torch.equal(w, kept[name])
+
+
 def test_lawa_is_the_mean_of_the_last_snapshots():
     c, w = (
         config(LAWA_ENABLED="1", LAWA_K="3", LAWA_FREQ="2", AVERAGE="lawa"),
