@@ -3508,7 +3508,7 @@ class Ctw(ScoringMethod):
             own = logp.gather(1, targets[r, None])[:, 0]
             entropy = -(logp.exp() * logp).sum(-1)
             w = c.ctw_weight / math.log(logp.size(1)) * entropy
-            w = w * (entropy > c.ctw_entropy_threshold)
+            w = (w * (entropy > c.ctw_entropy_threshold)).clamp(max=1)  # rounding can pass 1
             # where w is 0 this is own, to the bit
             nats.append(-torch.logaddexp(own + torch.log1p(-w), q + w.log()))
         return torch.cat(nats)
@@ -3533,8 +3533,8 @@ def broken_conditions(c: Config, label: str) -> str:
 # 14. Test-time training and evaluators
 #
 # Score-first TTT (#549): the stream is cut into chunks; the windows of a chunk are scored, then the
-# model trains on it, then come those of the next. Evaluators with the same windows and training
-# share a pass. A pass can be stopped at any batch and resumed.
+# model trains on it, then come those of the next. Evaluators with the same windows, training and
+# chunks share a pass, which changes no score. A pass can be stopped at any batch and resumed.
 # ==================================================================================================
 
 
@@ -3866,10 +3866,9 @@ def evaluate(
     weights says which they are: "float" as trained, "artifact" as read back. What was logged before
     a restart is not done again.
     """
-    passes: dict[tuple[bool, bool], list[str]] = {}
+    passes: dict[tuple[bool, bool, bool], list[str]] = {}
     for label in labels:
-        key = EVALUATORS[label].sliding, EVALUATORS[label].ttt
-        passes.setdefault(key, []).append(label)
+        passes.setdefault(pass_of(label), []).append(label)
     for group in passes.values():
         missing = [label for label in group if f"final_{weights}_{label}" not in run.log.rows]
         if not missing:
@@ -3889,6 +3888,16 @@ def evaluate(
         if run.ranks.rank == 0:
             for path in run.store.paths("progress_*"):
                 path.unlink()
+
+
+def pass_of(label: str) -> tuple[bool, bool, bool]:
+    """What evaluators of one pass share: overlapping windows, TTT, chunks.
+
+    Chunks cut batches short, which would move the windows that share a SLOT delta.
+    """
+    evaluator = EVALUATORS[label]
+    chunked = evaluator.ttt or ScoringMethod.BY_NAME[evaluator.method].learns
+    return evaluator.sliding, evaluator.ttt, chunked
 
 
 def log_result(
@@ -4050,18 +4059,33 @@ class TrainingState:
         return found | self.optimizer.state(names)
 
     def resume(self, run: Run) -> tuple[int, float]:
-        """(step, ms) after taking in the last checkpoint, or LOAD_CHECKPOINT, if there is one."""
-        tensors = run.store.restore("checkpoint") or read_checkpoint(self.c.load_checkpoint)
-        own = self.tensors()
-        if not tensors:
+        """(step, ms) after taking in the last checkpoint, or LOAD_CHECKPOINT, if there is one.
+
+        Late QAT begins anew after LOAD_CHECKPOINT: that run's grid was fixed for its weights and
+        its ARTIFACT_BYTES. Raises BadInput for a checkpoint of another model.
+        """
+        own, there = self.tensors(), run.store.restore("checkpoint")
+        if not there:
+            there = read_checkpoint(self.c.load_checkpoint)
+            own, there = (without_grid(tensors) for tensors in (own, there))
+        if not there:
             return 0, 0.0
-        copy_tensors(own, tensors, "checkpoint")
+        copy_tensors(own, there, "checkpoint")
         step, ms, step_size, snapshots = own["counters"].tolist()
         self.averages.steps, self.averages.snapshots = int(step), int(snapshots)
         self.qat.step_size = step_size
         names = {p: name for name, p in self.model.named_parameters()}
         self.optimizer.take_momentum(own, names)
         return int(step), math.ceil(ms)  # rounded down, a run whose time was up would go on
+
+
+def without_grid(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors with late QAT off."""
+    found = {name: t for name, t in tensors.items() if not name.startswith("grid.")}
+    if found:
+        found["counters"] = found["counters"].clone()
+        found["counters"][2] = 0.0
+    return found
 
 
 def read_checkpoint(path: str) -> dict[str, Tensor]:
@@ -4189,7 +4213,7 @@ def run_all(c: Config) -> None:
 
     Raises BadInput before any work starts, Fault on the way.
     """
-    read_checkpoint(c.load_checkpoint)  # only to refuse a bad file before anything is written
+    refuse_checkpoint(c)
     state = None
     if c.load_artifact:
         c, state = read_artifact(c)
@@ -4230,6 +4254,16 @@ def run_all(c: Config) -> None:
         run.store.writer.shutdown()  # ends with the checkpoint that is being written
         run.log.line(f"error: {problem}")
         raise
+
+
+def refuse_checkpoint(c: Config) -> None:
+    """Raises BadInput for a LOAD_CHECKPOINT that is no checkpoint, or from past ITERATIONS."""
+    loaded = read_checkpoint(c.load_checkpoint)
+    if loaded and loaded["counters"][0] > c.iterations:
+        raise BadInput(
+            f"ITERATIONS={c.iterations}: the checkpoint is of step {loaded['counters'][0]:.0f};"
+            " give that or more."
+        )
 
 
 def refuse_validation_text(data: TrainData, val: ValData) -> None:

@@ -161,6 +161,31 @@ def test_weight_zero_or_a_high_threshold_is_the_model(stream):
     torch.testing.assert_close(nats, plain, rtol=0, atol=2e-6)
 
 
+def test_a_tree_alone_gives_finite_scores_at_weight_one(stream):
+    """Where the model knows nothing its entropy is ln V, which rounding may pass."""
+    c = config(
+        CTW_WEIGHT="1",
+        CTW_ENTROPY_THRESHOLD="0",
+        SLOT_ENABLED="0",
+        TIE_EMBEDDINGS="0",
+        VOCAB_SIZE="1024",
+    )
+    run, val = stream(c, 512)
+    nats = t.score(run, t.GPT(c), val, [("ctw", c)])[0][0]
+    assert torch.isfinite(nats).all()
+
+
+def test_slot_beside_a_tree_is_slot_alone(tiny):
+    env = dict(CTW_WEIGHT="0.3", CTW_ENTROPY_THRESHOLD="0")
+    tiny(RUN_ID="made", EVALS="none")
+    alone, beside = (
+        tiny(LOAD_ARTIFACT="logs/made/final_model.ptz", EVALS=evals, **env)
+        for evals in ("slot", "slot,ctw")
+    )
+    label = "final_artifact_slot"
+    assert alone[label]["val_loss"] == beside[label]["val_loss"]
+
+
 def test_a_tree_that_helps_helps(stream):
     """Text that repeats from chunk to chunk, under a model that knows nothing."""
     c = config(CTW_WEIGHT="1", CTW_ENTROPY_THRESHOLD="0", CTW_DEPTH="3", SLOT_ENABLED="0")

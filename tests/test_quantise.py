@@ -298,9 +298,9 @@ def test_an_average_that_is_switched_off_cannot_be_asked_for():
 
 
 def test_a_checkpoint_is_exported_anew_without_training(tiny):
-    made = tiny(RUN_ID="made", EVALS="roundtrip")
+    made = tiny(RUN_ID="made", EVALS="roundtrip", LATE_QAT="0")
     path = "logs/made/checkpoint.000000012.ckpt"
-    again = tiny(LOAD_CHECKPOINT=path, EVALS="roundtrip")
+    again = tiny(LOAD_CHECKPOINT=path, EVALS="roundtrip", LATE_QAT="0")
     assert again["training"]["steps"] == 12 and not [n for n in again if "train_loss" in again[n]]
     for label in ("average_none", "quantised", "artifact", "final_artifact_roundtrip"):
         assert timeless(again)[label] == timeless(made)[label], label
@@ -315,6 +315,32 @@ def test_a_checkpoint_is_exported_anew_without_training(tiny):
         and more["step:13/15"]
         and "step:11/15" not in more
     )
+
+
+def test_late_qat_begins_anew_from_a_loaded_checkpoint(tiny):
+    """Also where it was on when the checkpoint was written, and with LATE_QAT=0 it is off."""
+    tiny(RUN_ID="made", EVALS="none", LATE_QAT_THRESHOLD="0.9")
+    path = "logs/made/checkpoint.000000012.ckpt"
+    assert t.read_checkpoint(path)["counters"][2] > 0
+    more = dict(LOAD_CHECKPOINT=path, EVALS="none", ITERATIONS="30", TRAIN_LOG_EVERY="1")
+    anew = tiny(RUN_ID="anew", LATE_QAT_THRESHOLD="0.3", **more)
+    off = tiny(RUN_ID="off", LATE_QAT="0", **more)
+    switched = [
+        line for line in Path("logs/anew.txt").read_text().splitlines() if "late_qat:on" in line
+    ]
+    step = int(switched[-1].split("step:")[1].split()[0])
+    assert 12 < step < 30 and "\nlate_qat:on" not in Path("logs/off.txt").read_text()
+    for n in range(13, step + 1):  # not a bit of the old grid
+        assert anew[f"step:{n}/30"]["train_loss"] == off[f"step:{n}/30"]["train_loss"]
+    last = anew["step:30/30"]
+    assert last["val_loss"] < anew["step:15/30"]["val_loss"] + 0.02
+    assert anew["average_none"]["heldout_train_loss"] < last["train_loss"] + 0.5
+
+
+def test_a_checkpoint_past_the_end_is_refused(tiny):
+    tiny(RUN_ID="made", EVALS="none")
+    with pytest.raises(t.BadInput, match="ITERATIONS=6: the checkpoint is of step 12"):
+        tiny(LOAD_CHECKPOINT="logs/made/checkpoint.000000012.ckpt", ITERATIONS="6")
 
 
 def test_a_wrong_checkpoint_is_refused_by_name(tiny, tmp_path):

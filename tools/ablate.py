@@ -128,11 +128,7 @@ def score_rows(run, model, val, rows):
     for k, (_, label, c, *_) in enumerate(rows):
         shared = {n: v for n, v in vars(c).items() if n.startswith(("ttt_", "eval_s", "val_batch"))}
         batch = c.slot_batch_seqs if label.endswith("slot") else None
-        key = (
-            label == "roundtrip",
-            label.startswith("ttt"),
-            tuple(shared.values()) if label != "roundtrip" else (),
-        )
+        key = (t.pass_of(label), tuple(shared.values()) if label != "roundtrip" else ())
         same = next(
             (p for p in passes if p[0] == key and (p[1] is None or batch is None or p[1] == batch)),
             None,
