@@ -377,29 +377,18 @@ class Config:
     explicit: frozenset[str] = frozenset()
 
 
-# What differs from #1084; sizes as in the published logs. A preset may build on another.
+# What differs from #1084; sizes as in the published logs. A preset may build on another. A line has
+# what belongs together: data, training, model, evaluation.
+# fmt: off
 PR1313 = dict(
-    ITERATIONS=20000,
-    XSA_LAST_N=11,
-    VRL_ENABLED=1,
-    QK_GAIN_INIT=4,
-    BIGRAM_VOCAB_SIZE=1024,
-    TTT_ENABLED=0,
-    EVAL_STRIDE=96,
-    SLOT_DELTA="window",
-    SLOT_BIAS=1,
-    SLOT_LOSS="scored",
-    SLOT_STEPS=24,
-    SLOT_LR=0.012,
-    SLOT_LR_MIN=0.001,
+    ITERATIONS=20000, TTT_ENABLED=0, EVAL_STRIDE=96,
+    XSA_LAST_N=11, VRL_ENABLED=1, QK_GAIN_INIT=4, BIGRAM_VOCAB_SIZE=1024,
+    SLOT_DELTA="window", SLOT_BIAS=1, SLOT_LOSS="scored",
+    SLOT_STEPS=24, SLOT_LR=0.012, SLOT_LR_MIN=0.001,
 )
 HELPFUL = dict(  # of what the record's followers changed, what helped the demo and costs no time
-    SLOT_ENABLED=0,
-    NEWTON_SCHULZ="polar_express",
-    MUON_WD=0.085,
-    DATA_ORDER="coprime",
-    MIN_LR=0.05,
-    QUANT="gptq",
+    SLOT_ENABLED=0, DATA_ORDER="coprime", MIN_LR=0.05,
+    NEWTON_SCHULZ="polar_express", MUON_WD=0.085, QUANT="gptq",
 )
 PRESETS: dict[str, dict[str, Any]] = {
     "pr1084": {},
@@ -412,40 +401,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     "slot32": PR1313 | dict(SLOT_STEPS=32, SLOT_LR=0.015),
     "slot48": PR1313 | dict(SLOT_STEPS=48),
     "hypergradient": PR1313 | dict(SLOT_HYPER_LR=1e-5),
-    "best": HELPFUL
-    | dict(XSA_LAST_N=11, QK_GAIN_INIT=4, RECUR_LAYERS="4,5", PARALLEL_LAST_N=4, MUON_ROW_NORM=1),
+    "best": HELPFUL | dict(
+        XSA_LAST_N=11, QK_GAIN_INIT=4, RECUR_LAYERS="4,5", PARALLEL_LAST_N=4, MUON_ROW_NORM=1,
+    ),
     "best_demo": HELPFUL | dict(EVALS="auto", XSA_LAST_N=4),  # as PRESET=demo,best_demo
     "demo": dict(
         DATA_PATH="./data/datasets/demo_sp1024",
         TOKENIZER_PATH="./data/tokenizers/demo_1024_bpe.model",
-        EVALS="roundtrip,sliding_window,ttt,ttt_slot",
-        NUM_LAYERS=4,
-        MODEL_DIM=128,
-        NUM_HEADS=4,
-        NUM_KV_HEADS=2,
-        VE_LAYERS="2,3",
-        VE_DIM=32,
-        XSA_LAST_N=2,
-        BIGRAM_VOCAB_SIZE=4096,
-        BIGRAM_DIM=32,
-        TRAIN_SEQ_LEN=256,
-        EVAL_SEQ_LEN=256,
-        TRAIN_BATCH_TOKENS=4096,
-        VAL_BATCH_SIZE=8192,
-        ITERATIONS=400,
-        WARMDOWN_ITERS=160,
-        MAX_WALLCLOCK_SECONDS=150,
-        VAL_LOSS_EVERY=200,
-        TRAIN_LOG_EVERY=5,
-        SAVE_EVERY=50,
-        MUON_MOMENTUM=0.95,
-        MUON_MOMENTUM_WARMUP_STEPS=100,
-        MATRIX_LR=0.04,
-        SWA_EVERY=5,
-        TTT_CHUNK_TOKENS=8192,
-        TTT_LR=0.006,
+        TRAIN_BATCH_TOKENS=4096, TRAIN_SEQ_LEN=256, ITERATIONS=400, WARMDOWN_ITERS=160,
+        MAX_WALLCLOCK_SECONDS=150, VAL_LOSS_EVERY=200, TRAIN_LOG_EVERY=5, SAVE_EVERY=50,
+        MUON_MOMENTUM=0.95, MUON_MOMENTUM_WARMUP_STEPS=100, MATRIX_LR=0.04, SWA_EVERY=5,
+        NUM_LAYERS=4, MODEL_DIM=128, NUM_HEADS=4, NUM_KV_HEADS=2, XSA_LAST_N=2,
+        VE_LAYERS="2,3", VE_DIM=32, BIGRAM_VOCAB_SIZE=4096, BIGRAM_DIM=32,
+        EVALS="roundtrip,sliding_window,ttt,ttt_slot", EVAL_SEQ_LEN=256, VAL_BATCH_SIZE=8192,
+        TTT_CHUNK_TOKENS=8192, TTT_LR=0.006,
     ),
 }
+# fmt: on
 
 
 @dataclasses.dataclass(frozen=True)

@@ -292,7 +292,7 @@ def build(args, name, model, splits, settings, text_bytes, keep=False):
             print(f"{name}: complete, nothing to do ({summary(done)})")
             return
     if record.get("settings") != settings:
-        if not args.force and (folder.exists() or trains and model.exists()):
+        if not args.force and (folder.exists() or (trains and model.exists())):
             raise BadInput(
                 f"{folder if folder.exists() else model} is there, but damaged or made from other text or settings; "
                 "--force replaces it."

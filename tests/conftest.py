@@ -13,7 +13,7 @@ import sentencepiece
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
 
-import train_gpt as t  # noqa: E402
+import train_gpt as t
 
 # The official tokenizer, real text and the lineage's own artifacts are not part of the repository.
 PARITY = Path(os.environ.get("PARITY_DATA", ROOT.parent / "shared" / "data"))
@@ -78,7 +78,7 @@ def make_tiny_data(folder, targets=600):
         minloglevel=2,
     )
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tiny.model"))
-    ids = [[1] + sp.encode(text) for text in texts]
+    ids = [[1, *sp.encode(text)] for text in texts]
     write_shard(folder / "fineweb_train_000000.bin", ids[0])
     write_shard(folder / "fineweb_train_000001.bin", ids[2])
     write_shard(folder / "fineweb_val_000000.bin", (ids[1] + ids[3])[: 1 + targets])

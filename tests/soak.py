@@ -86,7 +86,7 @@ class Chain:
             ),
             str(ROOT / "train_gpt.py"),
         ]
-        self.out = open(self.folder / "console", "a")
+        self.out = open(self.folder / "console", "a")  # noqa: SIM115
         return subprocess.Popen(
             command,
             env={**self.env, **more},
@@ -101,7 +101,7 @@ class Chain:
         return text[text.rfind("=" * 100 + "\n") :].splitlines()
 
     def phase(self):
-        last = ([""] + self.lines())[-1]
+        last = ["", *self.lines()][-1]
         if last.startswith("train_shards") and (self.folder / "logs/soak/final_model.ptz").exists():
             last = "progress:"
         writing = "+writing a file" * bool(list(self.folder.rglob("*.part")))

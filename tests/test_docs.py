@@ -11,8 +11,9 @@ import quantise
 import report
 import torch
 from conftest import ROOT, read_metrics, t
-from logs import read_log
 from scipy import stats
+
+from logs import read_log
 
 README = (ROOT / "README.md").read_text()
 SEEDS = [ROOT / "logs" / f"demo_seed{seed}" for seed in (1337, 42, 2025)]
@@ -389,8 +390,7 @@ def test_nothing_large_or_private_is_committed():
     assert not [
         f
         for f in files
-        if (ROOT / f).exists()
-        and (ROOT / f).stat().st_size > 1_000_000
+        if ((ROOT / f).exists() and (ROOT / f).stat().st_size > 1_000_000)
         or f.endswith((".bin", ".ptz", ".pt", ".model"))
     ]
 

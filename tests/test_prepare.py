@@ -324,7 +324,25 @@ def test_hub_errors_are_one_line(tmp_path, monkeypatch, capsys):
 def corpus(tmp_path):
     """200 documents in a .jsonl file, and two .txt files in a folder."""
     rng = np.random.default_rng(0)
-    words = "the a cat dog house tree\tif else: \n return  naïve 日本 x = 1 ( )".split(" ")
+    words = [
+        "the",
+        "a",
+        "cat",
+        "dog",
+        "house",
+        "tree\tif",
+        "else:",
+        "\n",
+        "return",
+        "",
+        "naïve",
+        "日本",
+        "x",
+        "=",
+        "1",
+        "(",
+        ")",
+    ]
     texts = [" ".join(rng.choice(words, 60)) + f" {i}" for i in range(200)]
     lines = [json.dumps(t if i % 2 else {"text": t, "id": i}) for i, t in enumerate(texts)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n\n")

@@ -121,10 +121,24 @@ BESIDE = dict(
     LAWA_FREQ=(3, LAWA),
 )
 # Settings that must not change a figure, or are tested for themselves elsewhere.
-ELSEWHERE = set(
-    "PRESET RUN_ID DEVICE COMPILE ATTENTION LOAD_ARTIFACT LOAD_CHECKPOINT SAVE_NLL DATA_PATH TOKENIZER_PATH VAL_BATCH_SIZE WARMUP_STEPS "
-    "VOCAB_SIZE CTW_DEPTH SAVE_EVERY RESUME".split()
-)
+ELSEWHERE = {
+    "PRESET",
+    "RUN_ID",
+    "DEVICE",
+    "COMPILE",
+    "ATTENTION",
+    "LOAD_ARTIFACT",
+    "LOAD_CHECKPOINT",
+    "SAVE_NLL",
+    "DATA_PATH",
+    "TOKENIZER_PATH",
+    "VAL_BATCH_SIZE",
+    "WARMUP_STEPS",
+    "VOCAB_SIZE",
+    "CTW_DEPTH",
+    "SAVE_EVERY",
+    "RESUME",
+}
 
 
 def problems(**env):

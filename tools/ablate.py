@@ -25,12 +25,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from scipy import stats  # noqa: E402
+import audit
+import numpy as np
+import torch
+from scipy import stats
 
-import audit  # noqa: E402
-import train_gpt as t  # noqa: E402
+import train_gpt as t
 
 EVALUATION = ("SLOT_", "TTT_", "CTW_", "EVAL_STRIDE")
 COLOURS = {True: "#2a78b5", False: "#c8553d"}  # causal, not causal; apart for colour-blind eyes too
@@ -78,8 +78,7 @@ def cross(rows, grid):
             g
             for g in grid
             if g[0].split("_")[0].lower() in row[1]
-            or g[0].startswith("EVAL_")
-            and row[1] != "roundtrip"
+            or (g[0].startswith("EVAL_") and row[1] != "roundtrip")
         ]
         for values in itertools.product(*(values for _, values in reads)):
             changes = {n.lower(): grid_value(n, v) for (n, _), v in zip(reads, values)}

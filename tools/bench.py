@@ -30,11 +30,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import plain  # noqa: E402
-import torch  # noqa: E402
-from audit import Stream  # noqa: E402
+import plain
+import torch
+from audit import Stream
 
-import train_gpt as t  # noqa: E402
+import train_gpt as t
 
 STEPS = 6  # of training in a turn: kept memory is worth something from the second on
 PEAK = {

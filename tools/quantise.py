@@ -26,7 +26,7 @@ from time import perf_counter
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-import train_gpt as t  # noqa: E402
+import train_gpt as t
 
 KNOWN = ("QUANT", "CODER", "CALIBRATION_TOKENS")
 

@@ -13,6 +13,7 @@ A LOG is a file, or a folder logs/RUN_ID. Exit status: 0 well, 1 a check failed,
 import argparse
 import csv
 import gzip
+import itertools
 import json
 import lzma
 import math
@@ -25,8 +26,9 @@ from pathlib import Path
 
 import figures
 import numpy as np
-from logs import STAGES, LogError, read_log
 from scipy import stats
+
+from logs import STAGES, LogError, read_log
 
 NAMES = dict(
     roundtrip="roundtrip",
@@ -175,7 +177,7 @@ def compressors(log):
     starts = starts if starts[0] == 0 else [0, *starts]  # the stream may begin inside a document
     pieces = [
         [token for token in tokens[a:b] if not sp.is_control(token)]
-        for a, b in zip(starts, starts[1:])
+        for a, b in itertools.pairwise(starts)
     ]
     text = "".join(map(sp.decode, pieces)).encode()
     sizes = {"gzip -9": len(gzip.compress(text, 9)), "xz -9": len(lzma.compress(text, preset=9))}
