@@ -1,11 +1,13 @@
-# make demo: a small run on a CPU, all evaluators.  make test: the tests; make soak: 200 kills.  make bench: speed.  make fineweb: the record's data.
+# make demo: a small run on a CPU, all evaluators.  make check: format, lint, types, quick tests.  make test: all tests.
+# make soak: 200 kills.  make bench: speed.  make fineweb: the record's data.
 PYTHON ?= python3
 RUN_ID ?= demo_$(shell date +%Y%m%d_%H%M%S)
 TRAIN_SHARDS ?= 80
 BENCH_PRESET ?= demo
 BIN = .venv/bin
 
-.PHONY: demo demo-data bench fineweb test soak clean
+.PHONY: demo demo-data bench fineweb check test soak clean
+QUICK = tests/test_structure.py tests/test_packing.py tests/test_settings.py tests/test_matrix.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -26,6 +28,12 @@ bench: demo-data
 
 fineweb: .venv/installed
 	$(BIN)/python data/prepare.py fineweb --train-shards $(TRAIN_SHARDS)
+
+check: .venv/installed
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "not slow" -k "not changes_the_figures" $(QUICK)
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q
