@@ -33,7 +33,6 @@ was scored (C3), each target is scored once (C4). "The lineage" is the scripts o
 """
 
 import ast
-import base64
 import contextlib
 import ctypes
 import dataclasses
@@ -738,6 +737,8 @@ def strip_source(source: str) -> str:
 
 def pack_source(stripped: str) -> bytes:
     """The packed copy of what strip_source() gives."""
+    import base64  # here and below: --help does not wait for it
+
     packed = lzma.compress(stripped.encode(), lzma.FORMAT_ALONE, filters=PACKING)
     return PACKED_START + base64.b85encode(packed) + PACKED_END
 
@@ -752,6 +753,8 @@ def read_source() -> str:
     data = Path(__file__).read_bytes()
     if not is_packed(data):
         return data.decode()
+    import base64
+
     body = data[len(PACKED_START) : -len(PACKED_END)]
     return lzma.decompress(base64.b85decode(body)).decode()
 
