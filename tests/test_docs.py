@@ -371,6 +371,7 @@ def test_commands_and_settings_in_the_readme_exist():
             "FIRST",
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
             "RECORD_FOLDER",
+            "NAME",
         }, name
     make = (ROOT / "Makefile").read_text()
     for target in re.findall(r"\bmake ([a-z-]+)", README):
