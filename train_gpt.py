@@ -476,9 +476,10 @@ def describe(field: dataclasses.Field) -> Setting:
 
 SETTINGS = {f.name.upper(): describe(f) for f in dataclasses.fields(Config) if f.metadata}
 # A family is the settings that begin with the same word. A variable that begins like two settings
-# or more, and is none, is taken for a misspelt one.
+# or more, and is none, is taken for a misspelt one, unless other programs' begin like that too.
 FIRST_WORDS = [name.partition("_")[0] for name in SETTINGS]
 FAMILIES = sorted({word for word in FIRST_WORDS if FIRST_WORDS.count(word) > 1})
+COMMON_WORDS = {"DATA", "EVAL", "LOAD", "NUM", "SAVE", "TRAIN", "VAL"}
 
 
 def parse_value(s: Setting, text: str) -> Any:
@@ -516,7 +517,7 @@ def nearest_name(name: str, cutoff: float = 0.0) -> str:
     """The setting whose name is most like this one, of its family if it has one; or ""."""
     family = name.partition("_")[0]
     known = list(SETTINGS)
-    if family in FAMILIES:
+    if family in FAMILIES and family not in COMMON_WORDS:
         known, cutoff = [n for n in known if n.partition("_")[0] == family], 0.0
     return next(iter(difflib.get_close_matches(name, known, 1, cutoff)), "")
 

@@ -245,6 +245,10 @@ def test_the_environment_of_a_normal_machine_is_not_mistaken_for_settings():
             "LANG": "C",
             "LOGNAME": "me",
             "DATABASE_URL": "x",
+            "NUM_WORKERS": "2",
+            "DATA_DIR": "/data",
+            "SAVE_DIR": "x",
+            "TRAIN_FILE": "x",
         }
     )
 
