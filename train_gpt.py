@@ -518,7 +518,8 @@ def nearest_name(name: str, cutoff: float = 0.0) -> str:
     family = name.partition("_")[0]
     known = list(SETTINGS)
     if family in FAMILIES and family not in COMMON_WORDS:
-        known, cutoff = [n for n in known if n.partition("_")[0] == family], 0.0
+        known = [n for n in known if n.partition("_")[0] == family]
+        cutoff = 0.0
     return next(iter(difflib.get_close_matches(name, known, 1, cutoff)), "")
 
 
@@ -899,7 +900,8 @@ def compress(raw: bytes) -> bytes:
 
 def expand(data: bytes | bytearray | memoryview) -> bytearray:
     """Raw bytes of LZMA streams, capped before they are made. Raises ValueError or LZMAError."""
-    raw, most = bytearray(), max(EXPANSION * len(data), 2**25)
+    raw = bytearray()
+    most = max(EXPANSION * len(data), 2**25)
     for _ in range(STREAMS):
         decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**27)
         raw += decoder.decompress(data, most - len(raw))
@@ -1128,7 +1130,8 @@ class RunLog:
     """
 
     def __init__(self, c: Config, ranks: Ranks) -> None:
-        self.ranks, self.resume, self.named = ranks, c.resume, bool(c.run_id)
+        self.ranks = ranks
+        self.resume, self.named = c.resume, bool(c.run_id)
         self.name = c.run_id or strftime("%Y%m%d_%H%M%S") + f"_seed{c.seed}"
         self.folder = Path("logs") / self.name
         self.settings = {name: getattr(c, name.lower()) for name in SETTINGS}
@@ -1539,7 +1542,8 @@ def load_tokenizer(path: str, vocab_size: int) -> Any:
     """A SentencePiece processor of so many pieces. Raises BadInput."""
     import sentencepiece
 
-    where, file = f"TOKENIZER_PATH={path}", Path(path)
+    where = f"TOKENIZER_PATH={path}"
+    file = Path(path)
     if not file.is_file():
         raise BadInput(
             f"{where}: no such file; run make fineweb (or make demo) or set TOKENIZER_PATH."
@@ -1679,7 +1683,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if rows < length:  # with a mask torch takes a kernel that does not know fewer key/value heads
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
         mask = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
-    causal, grouped = rows == length, q.size(1) != k.size(1)
+    causal = rows == length
+    grouped = q.size(1) != k.size(1)
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
     return y.transpose(1, 2)
 
@@ -2002,7 +2007,8 @@ class GPT(nn.Module):
         qo, kv, up, down = (getattr(self, bank).to(self.dtype).unbind() for bank in BANKS)
         rope = self.cos[:T], self.sin[:T]
         skips: list[Tensor] = []
-        v_first, order = None, self.visits()
+        v_first = None
+        order = self.visits()
         for n, (i, again) in enumerate(order, 1):
             if i >= L // 2 and skips and not again and self.skip_weights is not None:
                 x = x + self.skip_weights[i - L // 2].to(self.dtype) * skips.pop()
@@ -2320,7 +2326,8 @@ class Clock:
         """(training time in ms before this step, whether to stop, whether a bad loss is known)."""
         answer = self.poll.ask(1000 * (perf_counter() - self.began), first_bad)
         at, ms = self.base
-        stops, bad = 0.0, math.inf
+        stops = 0.0
+        bad = math.inf
         if answer:
             ms, stops, bad = answer
             at = step - 2 * self.poll.lag
@@ -2378,7 +2385,8 @@ def calibrate(c: Config, ranks: Ranks, model: GPT, data: TrainData) -> Calibrati
     n = max(ranks.world, c.calibration_tokens // c.train_seq_len)
     sequences = np.stack([data.sequence(i) for i in range(n)]).astype(np.int64)
     mine = torch.from_numpy(sequences)[ranks.rank :: ranks.world].to(ranks.device)
-    params, full = dict(model.named_parameters()), c.quant == "gptq"
+    params = dict(model.named_parameters())
+    full = c.quant == "gptq"
     by_row: dict[str, Tensor] = {}
     by_column: dict[str, Tensor] = {}
     for name, w in split_banks(params, c.num_layers).items():
@@ -2525,12 +2533,14 @@ def rans_decode(codes: np.ndarray, which: np.ndarray, table: np.ndarray) -> np.n
     """Symbols, int16 [n]. Raises ValueError for codes that are not rans_encode's."""
     if (table.sum(1) != 2**BITS).any() or (table < 0).any():
         raise ValueError("wrong frequencies")
-    n, words = lane_count(len(which)), codes.view("<u2")
+    n = lane_count(len(which))
+    words = codes.view("<u2")
     starts = table.cumsum(1) - table
     every = np.arange(table.shape[1], dtype=np.int16)
     lookup = np.stack([np.repeat(every, row) for row in table])  # [distribution,slot] -> symbol
     out = np.empty(len(which), np.int16)
-    x, words = words[: 2 * n].copy().view("<u4").astype(np.int64), words[2 * n :]
+    x = words[: 2 * n].copy().view("<u4").astype(np.int64)
+    words = words[2 * n :]
     for at in range(0, len(which), n):
         row, state = which[at : at + n], x[: len(which) - at]
         slot = state & 2**BITS - 1
@@ -2678,7 +2688,8 @@ class Quantizer:
             torch.cat([part.flatten() for part in parts]).cpu()
             for parts in zip(*found.values(), strict=True)
         )
-        tensors, levels = {"rows": rows, "columns": columns}, levels.short()
+        tensors = {"rows": rows, "columns": columns}
+        levels = levels.short()
         if self.c.coder == "rans":
             which = torch.cat(
                 [
@@ -2968,7 +2979,8 @@ def export(c: Config, run: Run, model: GPT, calibration: Calibration | None) -> 
         write_file(path, [blob], run.log.remedy())
         write_file(path.with_name("train_gpt.py"), [packed_script()], run.log.remedy())
         run.log.metric("quantised", **quantizer.counts(), **figures, seconds=seconds)
-        code, kind = code_bytes(), f"{c.quant}+{c.coder}+lzma"
+        code = code_bytes()
+        kind = f"{c.quant}+{c.coder}+lzma"
         source = len(read_source().encode())
         run.log.line(f"Code size: {code} bytes (packed; source {source} bytes)")
         run.log.line(f"Serialized model {kind}: {len(blob)} bytes")
@@ -3042,7 +3054,8 @@ class Averages:
         feedback, which takes many times as long.
         """
         losses: dict[str, float] = {}
-        found, step_size = self.candidates(), 0.0
+        found = self.candidates()
+        step_size = 0.0
         grid_alone = Calibration(calibration.grid, {}) if calibration else None
         tokens = torch.from_numpy(data.held_out.astype(np.int64)).to(run.ranks.device)
         inputs, targets = (
@@ -3131,7 +3144,8 @@ def row_nll(
     h is [B,R,D]; only these rows meet the head.
     """
     R = h.size(1)
-    h, targets, nats = h.flatten(0, 1), targets.flatten(), []
+    h, targets = h.flatten(0, 1), targets.flatten()
+    nats = []
     for r in rows.split(16384):
         z = model.project(h[r])
         if shift is not None:
@@ -3245,7 +3259,8 @@ class Slot(ScoringMethod):
             self.gradient = torch.compile(slot_gradient, dynamic=True)
         self.tile = self.KEEP if ranks.cuda else self.TILE
         self.all_rows = c.slot_loss in ("all", "context")
-        self.by_window, self.past = c.slot_delta == "window", c.slot_loss == "past"
+        self.by_window = c.slot_delta == "window"
+        self.past = c.slot_loss == "past"
         self.carry = self.fresh(1)  # with SLOT_LOSS=past
 
     @staticmethod
@@ -3291,7 +3306,8 @@ class Slot(ScoringMethod):
 
     def fit(self, h: Tensor, targets: Tensor, rows: Tensor, shares: Tensor, state: Tensor) -> None:
         """Fit state, in place, to shares [G,n] times nats at rows [G,n] of h [*,D], targets [*]."""
-        c, weight = self.c, self.model.head_weight().float()
+        c = self.c
+        weight = self.model.head_weight().float()
         factor = 2 / c.logit_softcap
         size = len(rows) * c.vocab_size  # logits of one row of each group
         low = c.slot_lr if c.slot_lr_min < 0 else c.slot_lr_min
@@ -3340,7 +3356,8 @@ class Slot(ScoringMethod):
     def group_nats(self, b: Batch) -> Iterator[Tensor]:
         """Nats of the batch, in parts of the windows that are fitted together."""
         R = b.h.size(1)
-        mask, usual = self.fit_rows(b.firsts, R), self.usual_rows(R)
+        mask = self.fit_rows(b.firsts, R)
+        usual = self.usual_rows(R)
         together = max(1, len(mask))
         if self.by_window:
             at_once = max(1, self.tile // (self.c.vocab_size * max(1, usual)))
@@ -3476,7 +3493,8 @@ class Ctw(ScoringMethod):
         """Nats [S] under the mixture."""
         if not self.end:
             return row_nll(self.model, b.h, b.targets, b.rows)
-        c, h, targets = self.c, b.h.flatten(0, 1), b.targets.flatten()
+        c = self.c
+        h, targets = b.h.flatten(0, 1), b.targets.flatten()
         log_q = self.probability(b.at.cpu()).log().to(h.device, torch.float32)
         nats = []
         for r, q in zip(b.rows.split(1024), log_q.split(1024), strict=True):
@@ -3560,7 +3578,8 @@ class ChunkTrainer:
 
         The last sequence may reach back for context; only its own targets count.
         """
-        T, size = self.c.eval_seq_len, self.c.ttt_batch_seqs
+        T = self.c.eval_seq_len
+        size = self.c.ttt_batch_seqs
         starts = np.arange(begin, end, T)
         reach = max(0, int(starts[-1]) + T - end)
         starts[-1] -= reach
@@ -3626,7 +3645,8 @@ class PassCheckpoint:
 
     def __init__(self, c: Config, run: Run, kind: str) -> None:
         self.c, self.run, self.kind = c, run, kind
-        self.cost, self.last = 0.02, perf_counter()  # seconds
+        self.cost = 0.02  # seconds that saving takes
+        self.last = perf_counter()
         self.poll = Poll(run.ranks)
 
     def resume(self, out: Tensor, live: Mapping[str, Tensor], watch: Stopwatch) -> int:
@@ -3751,7 +3771,8 @@ def score_batch(work: Pass, windows: slice) -> list[Any]:
     c, ranks = work.c, work.ranks
     starts, firsts = work.starts[windows], work.firsts[windows]
     work.observer.scoring(starts, firsts)
-    T, n = c.eval_seq_len, len(starts)
+    T = c.eval_seq_len
+    n = len(starts)
     tail = c.eval_stride  # rows that are looked at: more in the first window, or for some methods
     if any(method.all_rows for method in work.methods) or firsts.min(initial=T) < T - tail:
         tail = T
@@ -3793,9 +3814,11 @@ def score(
     """
     work = Pass(run, model, val, jobs, observer)
     names = "+".join(dict.fromkeys(name for name, _ in jobs))
-    ranks, size, out = run.ranks, work.batch_windows, work.out
+    ranks, out = work.ranks, work.out
+    size = work.batch_windows
     watch = watch or Stopwatch(ranks, len(jobs))
-    shown_at, resumed = perf_counter(), 0
+    shown_at = perf_counter()
+    resumed = 0  # the window to go on with
     live = work.live_tensors()
     if checkpoint:
         resumed = checkpoint.resume(out, live, watch)
@@ -3898,7 +3921,8 @@ def train_on_validation(c: Config, run: Run, model: GPT, val: ValData) -> None:
     """Pre-quantisation TTT (#1488): AdamW on tokens before they are scored. Breaks C3."""
     adam = functools.partial(torch.optim.AdamW, weight_decay=0.0)
     trainer = ChunkTrainer(c, run.ranks, model, adam, c.prequant_ttt_freeze_blocks)
-    began, high, epochs = perf_counter(), c.prequant_ttt_lr, c.prequant_ttt_epochs
+    began = perf_counter()
+    high, epochs = c.prequant_ttt_lr, c.prequant_ttt_epochs
     for epoch in range(epochs):
         rate = cosine(high, high / 10, epoch, epochs)
         trainer.train(val.tokens, 0, val.n, rate=rate, epochs=1)
@@ -4006,7 +4030,8 @@ def train_step(
 
 def prime(c: Config, run: Run, model: GPT, data: TrainData) -> None:
     """Compile before the clock starts: WARMUP_STEPS steps of which nothing remains."""
-    optimizer, feed = Optimizer(c, run.ranks, model), data.batches()
+    optimizer = Optimizer(c, run.ranks, model)
+    feed = data.batches()
     with put_back(model.parameters()):
         for step in range(c.warmup_steps):
             model.recurring = bool(c.recur_layers) and step % 2 == 1  # both graphs
@@ -4040,7 +4065,8 @@ class TrainingState:
         Late QAT begins anew after LOAD_CHECKPOINT: that run's grid was fixed for its weights and
         its ARTIFACT_BYTES. Raises BadInput for a checkpoint of another model.
         """
-        own, there = self.tensors(), run.store.restore("checkpoint")
+        own = self.tensors()
+        there = run.store.restore("checkpoint")
         if not there:
             there = read_checkpoint(self.c.load_checkpoint)
             own, there = (without_grid(tensors) for tensors in (own, there))
@@ -4140,7 +4166,8 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
         finite = torch.isfinite(loss + norm)
         first_bad = torch.where(finite, first_bad, first_bad.clamp(max=step + 1))
         if step < 10 or (step + 1) % c.train_log_every == 0:
-            ms, label = clock.now(), f"step:{step + 1}/{c.iterations}"
+            ms = clock.now()
+            label = f"step:{step + 1}/{c.iterations}"
             average = ms / (step + 1)
             run.log.metric(label, digits=4, train_loss=loss.item(), train_time=ms, step_avg=average)
     if step < c.iterations:
@@ -4201,7 +4228,8 @@ def run_all(c: Config) -> None:
             f" {ranks.world * c.train_seq_len}."
         )
     name, attend = choose_attention(c.attention, ranks.device)
-    val, data = ValData(c, ranks), None
+    val = ValData(c, ranks)
+    data = None
     if state is None:
         data = TrainData(c, ranks)
         refuse_validation_text(data, val)

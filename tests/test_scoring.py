@@ -161,9 +161,10 @@ def test_a_rank_without_sequences_still_steps(stream):
     assert torch.equal(before, model.qo_bank)
 
 
-def test_freezing_blocks_freezes_their_matrices_too(stream):
-    c = config(TTT_FREEZE_BLOCKS="2")
-    (run, val), model = stream(c), random_model(config())
+@pytest.mark.parametrize("vrl", ["0", "1"])  # whose gates are scalars
+def test_freezing_blocks_freezes_their_matrices_too(vrl, stream):
+    c = config(TTT_FREEZE_BLOCKS="2", VRL_ENABLED=vrl)
+    (run, val), model = stream(c), random_model(config(VRL_ENABLED=vrl))
     before = {
         n: p.clone()
         for n, p in t.split_banks({n: p.detach() for n, p in model.named_parameters()}, 3).items()
