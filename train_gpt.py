@@ -12,24 +12,26 @@ of this file, is under 16,000,000 bytes. Its score is bits per byte (bpb) on tex
   python train_gpt.py --help [family]                      settings: all, or those of slot, ttt ...
   python train_gpt.py --pack [PATH]                        write the packed copy that is shipped
 
-The sections, in the order of a run:
+The sections, each after those that it builds on:
 
-   1 imports         2 settings         3 command line        4 files          5 ranks, log, store
+   1 this            2 settings         3 command line        4 files          5 ranks, log, store
    6 data            7 model            8 optimiser           9 schedules     10 quantisation
   11 averages       12 scoring core    13 scoring methods    14 evaluators    15 late QAT
   16 training       17 main
 
 Shapes: B batch, T sequence, D model width, V vocabulary, L layers, H query heads, K key/value
 heads, d width of a head, R last rows of a sequence, S scored targets of a batch, N targets of the
-validation stream, G groups of rows that share a SLOT delta, W ranks.
+validation stream, G groups of rows that share a SLOT delta, P numbers in it, W ranks.
 
 Words: a target is a token that is predicted. A window is EVAL_SEQ_LEN inputs with their targets, of
 which the last EVAL_STRIDE are scored and the others are context. A chunk is what test-time training
-(TTT) learns from after it was scored. A bank is all matrices of one kind in one tensor. An artifact
-is the file of quantised weights. C1 to C4 are the challenge's conditions on scoring: a probability
-depends on the past alone (C1), probabilities sum to 1 (C2), nothing is fitted to a target before it
-was scored (C3), each target is scored once (C4). "The lineage" is the scripts of #549, #1084 and
-#1313; "#N" is a pull request or issue of the challenge's repository, openai/parameter-golf.
+(TTT) learns from after it was scored. A bank is one tensor with one or two matrices of each layer.
+An artifact is the file of quantised weights, a checkpoint what training goes on from. C1 to C4 are
+the challenge's conditions on scoring: a probability depends on the past alone (C1), probabilities
+sum to 1 (C2), nothing is fitted to a target before it was scored (C3), each target is scored once
+(C4); broken_conditions(), in section 13, says which an evaluator breaks. "The lineage" is the
+scripts of #549, #1084 and #1313; "#N" is a pull request or issue of the challenge's repository,
+openai/parameter-golf.
 """
 
 import ast
@@ -148,7 +150,9 @@ class Config:
         ("auto",),
         "Comma list, or none; auto: roundtrip, sliding_window and what TTT, SLOT and CTW ask for.",
     )
-    save_every: int = setting(500, "Steps between checkpoints; 0: only at the end and on a signal.")
+    save_every: int = setting(
+        500, "Steps between checkpoints; 0: only at the end and on a signal, in evaluation too."
+    )
     resume: bool = setting(False, "Go on with RUN_ID from its last checkpoint.")
     save_nll: bool = setting(
         False, "Write nll_<evaluator>.npy: float64 nats of each target in stream order."
@@ -233,7 +237,9 @@ class Config:
     )
     gated_attention: bool = setting(False, "Learned sigmoid gates on heads.", in_artifact=True)
     recur_layers: tuple[int, ...] = setting(
-        (), "Layers, from 0, run twice, each pass with its own vectors (#686).", in_artifact=True
+        (),
+        "Layers, from 0, run twice, each time with their own scales and mix (#686).",
+        in_artifact=True,
     )
     recur_start: int = setting(3000, "Step from which RECUR_LAYERS run twice.", in_artifact=True)
     prequant_ttt_enabled: bool = setting(
@@ -648,9 +654,11 @@ def evaluation_problems(c: Config) -> Iterator[tuple[str, str]]:
         yield "SLOT_LOSS", f"EVAL_STRIDE={c.eval_seq_len}, the window, leaves no context"
     if c.slot_hyper_lr and not c.slot_enabled:
         yield "SLOT_HYPER_LR", "needs SLOT_ENABLED=1"
-    if c.slot_enabled and c.ctw_weight and c.evals == ("auto",):
-        yield "CTW_WEIGHT", "no evaluator has SLOT and CTW; set SLOT_ENABLED=0, or EVALS"
     on = switches_on(c)
+    together = [evaluator.needs() for evaluator in EVALUATORS.values()]
+    if c.evals == ("auto",) and on and on not in together:
+        given = ", ".join(f"{name.upper()}={shown(getattr(c, name))}" for name in sorted(on))
+        yield "EVALS", f"no evaluator has {given} together; turn one off, or name evaluators"
     asked = [EVALUATORS[label] for label in c.evals if label in EVALUATORS]
     for name in sorted(set().union(*(evaluator.needs() for evaluator in asked)) - on):
         text = (
@@ -710,8 +718,9 @@ def show_help(words: Sequence[str]) -> None:
 # 3. Command line without torch: help, packing, writing a file
 #
 # What counts against the 16,000,000 bytes is what is shipped: the packed copy of this file, of two
-# lines. Comments and docstrings do not count, so they can be as long as they need to be. The packed
-# copy is the script: it unpacks and executes itself, and packs to itself again.
+# lines. Comments and docstrings (but for the module's, which --help prints) do not count, so they
+# can be as long as they need to be. The packed copy is the script: it unpacks and executes itself,
+# and packs to itself again.
 # ==================================================================================================
 
 PACKED_START = b"import base64,lzma\nexec(compile(lzma.decompress(base64.b85decode('"
@@ -961,7 +970,7 @@ def copy_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: 
 #
 # A run is one process a device, started by torchrun, or one process alone. All ranks compute; only
 # rank 0 writes. What ranks must agree on (stop? time up?) is asked with Poll, which on a GPU
-# answers two steps late, so that the host never waits for the device.
+# answers two steps late, so that the host does not wait for what the device is doing.
 # ==================================================================================================
 
 
@@ -1320,7 +1329,8 @@ class CheckpointStore:
     def restore(self, kind: str) -> dict[str, Tensor]:
         """Tensors of the newest whole file of a kind, for all ranks; {} if there is none.
 
-        Raises BadInput if there are checkpoints and none is whole, or of other settings.
+        Raises BadInput for one of other settings, and if none of a run's checkpoints is whole; a
+        damaged file of another kind costs what it held.
         """
         data: bytes | bytearray = b""
         damaged: list[Path] = []
@@ -1594,8 +1604,8 @@ class ValData:
 # 7. Model
 #
 # One trunk, GPT.hidden(), for training and every evaluation. Parameters are fp32 and cast where
-# they are used, so no optimiser works on bf16 weights. All matrices of one kind are one bank: Muon
-# orthogonalises a bank in one batch, shared out over the ranks.
+# they are used, so no optimiser works on bf16 weights. One or two matrices of every layer are one
+# bank: Muon orthogonalises a bank in one batch, shared out over the ranks.
 # ==================================================================================================
 
 # Bank -> its matrices: one of the first kind for each layer, then one of the second.
@@ -1870,7 +1880,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer's vectors, a set for each visit if it recurs, and its arithmetic."""
+    """A layer's arithmetic and vectors; scales and mix have a set for each visit if it recurs."""
 
     def __init__(self, c: Config, index: int, attend: AttentionFunction) -> None:
         super().__init__()
@@ -2208,8 +2218,8 @@ class Optimizer:
     def clip(self, shares: list[Tensor], small: list[Tensor]) -> Tensor:
         """Scale the whole gradient down to GRAD_CLIP_NORM if it is longer; its norm before that.
 
-        Squares are summed in fp64: in fp32 the order of summation, so the number of ranks, would
-        show in every update.
+        Squares are summed in fp64: the norm scales every gradient, and in fp32 its rounding would
+        depend on the number of ranks. (Gradients themselves are averaged over ranks in fp32.)
         """
         squares = [
             torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()
@@ -2298,7 +2308,7 @@ def muon_momentum(c: Config, step: int) -> float:
 
 
 def cosine(high: float, low: float, i: int, n: int) -> float:
-    """Rate i of n, by a cosine from high to low, which the last one is."""
+    """Rate i of n, by a cosine from high, the first, to low, the last."""
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * i / max(n - 1, 1)))
 
 
@@ -3081,7 +3091,8 @@ class Averages:
 # ==================================================================================================
 # 12. Scoring core
 #
-# Every evaluation goes through score_batch(): windows in, nats out, each target once, into one
+# What evaluations are made of: plans of windows, batches, nats of rows. What drives them,
+# score_batch() and score(), is in section 14: windows in, nats out, each target once, into one
 # array with a row [N] for each job, whose mean is taken once, in fp64. Ranks share out batches.
 # ==================================================================================================
 
@@ -3159,7 +3170,7 @@ def row_nll(
 #
 # What turns hidden states into nats. To add one: subclass ScoringMethod, give Config a setting that
 # switches it on, and name both in rows of EVALUATORS, with TTT and without. Whether a method is
-# causal follows from the settings: broken_conditions().
+# causal follows from the settings, by its leaks(): broken_conditions().
 # ==================================================================================================
 
 
@@ -3261,7 +3272,7 @@ class Slot(ScoringMethod):
         self.all_rows = c.slot_loss in ("all", "context")
         self.by_window = c.slot_delta == "window"
         self.past = c.slot_loss == "past"
-        self.carry = self.fresh(1)  # with SLOT_LOSS=past
+        self.carry = self.fresh(1)  # AdamW's state from fit to fit, with SLOT_LOSS=past
 
     @staticmethod
     def leaks(c: Config) -> bool:
@@ -3274,7 +3285,7 @@ class Slot(ScoringMethod):
         return self.c.slot_batch_seqs
 
     def state(self) -> dict[str, Tensor]:
-        """The parameters that are carried on."""
+        """AdamW's state, which SLOT_LOSS=past carries from fit to fit."""
         return {"carry": self.carry}
 
     def fresh(self, groups: int) -> Tensor:
@@ -3292,7 +3303,7 @@ class Slot(ScoringMethod):
         return ~scored if self.c.slot_loss == "context" else scored
 
     def usual_rows(self, length: int) -> int:
-        """Rows that a delta of one window is fitted to, in every window but the first."""
+        """Rows that a window's delta is fitted to, but in the first window and the last."""
         if self.c.slot_loss == "all":
             return length - 1
         scored = self.c.eval_stride
@@ -3640,7 +3651,7 @@ class Stopwatch:
 class PassCheckpoint:
     """What a pass is resumed from: nats so far and live tensors.
 
-    Saved when thirty times what saving costs has passed.
+    Saved when thirty times what saving costs has passed, unless SAVE_EVERY is 0.
     """
 
     def __init__(self, c: Config, run: Run, kind: str) -> None:
@@ -3670,6 +3681,8 @@ class PassCheckpoint:
         """
         now = perf_counter()
         due = bool(self.c.save_every) and now > self.last + 30 * self.cost
+        if due:
+            self.last = now  # asked once: on a GPU the answer comes batches later
         due_for_all, stop, *_ = self.poll.ask(due) or (0, 0)
         if (due_for_all or stop) and out.size(1):
             spent = watch.by_method()
@@ -3780,7 +3793,7 @@ def score_batch(work: Pass, windows: slice) -> list[Any]:
     rows = np.flatnonzero(scored_rows(firsts, tail))
     at = ranks.put((origins[:, None] + np.arange(tail)).ravel()[rows])
     padded = starts
-    if ranks.compile and n:  # whole batches only: one shape is compiled
+    if ranks.compile and n:  # whole batches only: one shape a tail is compiled
         padded = starts[np.minimum(np.arange(work.batch_windows), n - 1)]
     tokens = work.val.tokens.unfold(0, T + 1, 1)[ranks.put(padded)]
     h = torch.empty(0, tail, c.model_dim, device=ranks.device)
@@ -3937,7 +3950,7 @@ def train_on_validation(c: Config, run: Run, model: GPT, val: ValData) -> None:
 # ==================================================================================================
 # 15. Late QAT
 #
-# Quantisation-aware training: from the step at which rates have fallen to LATE_QAT_THRESHOLD the
+# Quantisation-aware training: from the step at which rates are under LATE_QAT_THRESHOLD of full the
 # forward sees weights rounded to the nearest level of the grid that the export would have taken at
 # that step, and the gradient there moves the weights themselves ("straight-through"). Where a row
 # has outgrown the grid its step grows, as in the export. (GPTQ's error feedback is the export's.)
@@ -4049,7 +4062,11 @@ class TrainingState:
         self.qat = LateQat(c, model)
 
     def tensors(self, step: int = 0, ms: float = 0.0) -> dict[str, Tensor]:
-        """Live tensors by name; counters are step, training time, QAT's step size, snapshots."""
+        """Live tensors by name: all of a checkpoint but its header, which has the settings.
+
+        Parameters, averages, QAT's grid, the optimiser's, and counters: step, training time in ms,
+        QAT's step size, SWA's snapshots.
+        """
         names = {p: name for name, p in self.model.named_parameters()}
         counters = [step, ms, self.qat.step_size, self.averages.snapshots]
         found: dict[str, Tensor] = {"counters": torch.tensor(counters, dtype=torch.double)}

@@ -1,5 +1,6 @@
 """The plain versions do the script's work, the bench measures both, and BENCHMARKS.md is what its logs say."""
 
+import itertools
 import json
 import os
 import re
@@ -289,3 +290,17 @@ def test_compiled_code_is_kept_in_the_users_cache_if_there_can_be_one(
         if writable
         else not kept.startswith(str(tmp_path))
     )
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_progress_is_saved_once_an_interval_however_late_answers_come(lag, tiny_data, monkeypatch):
+    """A GPU answers batches after it was asked: what was asked meanwhile must not save again."""
+    run, saved, ticks = t.Run(config(tiny_data)), [], iter(np.arange(10**5) * 0.05)
+    monkeypatch.setattr(t, "perf_counter", lambda: float(next(ticks)))
+    run.store.save = lambda kind, window, tensors: saved.append(window)
+    checkpoint = t.PassCheckpoint(t.load_config({}), run, "progress")
+    checkpoint.poll.lag = lag
+    watch = t.Stopwatch(run.ranks, 1)
+    for window in range(400):
+        checkpoint.mark(window, torch.zeros(2, 5), {}, watch)
+    assert len(saved) > 5 and min(b - a for a, b in itertools.pairwise(saved)) > 4, saved
