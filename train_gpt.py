@@ -821,11 +821,14 @@ def pack_to(words: Sequence[str]) -> None:
 
 def run_early(words: Sequence[str]) -> None:
     """Do what needs no torch, --help and --pack, and refuse unknown arguments. Exits if done."""
+    first_rank = os.environ.get("RANK", "0") == "0"  # under torchrun one does it for all
     try:
         if words and words[0] in ("--help", "-h"):
-            show_help(words[1:])
+            if first_rank:
+                show_help(words[1:])
         elif words and words[0] == "--pack":
-            pack_to(words[1:])
+            if first_rank:
+                pack_to(words[1:])
         else:
             settings_from_arguments(words)
             return

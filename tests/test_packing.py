@@ -70,6 +70,17 @@ def test_the_packed_copy_prints_the_same_help_and_packs_to_itself(shipped, tmp_p
     assert (tmp_path / "again.py").read_bytes() == packed.read_bytes()
 
 
+@pytest.mark.slow
+def test_under_torchrun_help_is_printed_once(shipped, tmp_path):
+    packed, page = shipped[0] / "logs/one/train_gpt.py", call("--help", cwd=tmp_path).stdout
+    for script in (SCRIPT, packed):
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+        done = subprocess.run(
+            [sys.executable, *words, "--help"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stdout == page
+
+
 def test_a_run_can_be_resumed_with_the_packed_copy_or_other_comments(shipped, tiny_data, tmp_path):
     env = {**TINY, **tiny_data, "RUN_ID": "r", "ITERATIONS": "3", "EVALS": "roundtrip"}
     assert process(env, tmp_path).returncode == 0
