@@ -134,7 +134,7 @@ def test_at_equal_bytes_costs_are_far_less_than_gptq_lites_and_gptqs_are_less_st
         sizes.append(len(blob))
         costs.append(damage(c, model, found, t.unpack(blob)[0]))
         assert figures["level_bytes"] <= 1.015 * figures["entropy_bytes"]
-    assert 0.996 * sizes[0] <= min(sizes[1:]) and max(sizes[1:]) <= sizes[0]
+    assert 0.995 * sizes[0] <= min(sizes[1:]) and max(sizes[1:]) <= sizes[0]
     assert costs[1] < 0.6 * costs[0] and costs[2] < 0.9 * costs[1]
 
 

@@ -357,7 +357,8 @@ def test_closed_form_is_many_times_faster_than_autograd(mode, plain, least, stre
             model.hidden(rows[0]),
             torch.from_numpy(np.flatnonzero(t.scored_rows(firsts, 256))),
         )
-    slot, batch = t.Slot(c, run.ranks, model, val), t.Batch(h, rows[1], firsts, scored, scored)
+    slot = t.Slot(c, run.ranks, model, val)
+    batch = t.Batch(h, rows[1], firsts, scored, scored, starts, 0)
     for _ in range(3):
         clock = [time.perf_counter()]
         with torch.no_grad():
