@@ -258,11 +258,7 @@ def run_matrix(script, folder, names=tuple(CASES)):
     os.chdir(folder)
     threads = script.torch.get_num_threads()
     script.torch.set_num_threads(1)
-    code_bytes = (
-        script.code_bytes()
-        if hasattr(script, "code_bytes")
-        else Path(script.__file__).stat().st_size
-    )
+    code_bytes = script.code_bytes()
     for name in names:
         env, case = settings_of(name, data, code_bytes), CASES[name]
         if "cut" in case:
