@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, config, random_model, t
 
-LOGS = sorted((ROOT / "logs").glob("bench_*.json"))
+LOGS = sorted((ROOT / "logs/speed").glob("bench_*.json"))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_benchmarks_are_what_the_logs_say():
 def test_the_speeds_that_the_readme_gives_are_measured():
     found = {
         title: {row["what"]: row for row in rows}
-        for title, rows in json.loads((ROOT / "logs" / "bench_cpu.json").read_text())[
+        for title, rows in json.loads((ROOT / "logs/speed" / "bench_cpu.json").read_text())[
             "parts"
         ].items()
     }
@@ -249,7 +249,7 @@ def test_the_speeds_that_the_readme_gives_are_measured():
         r"quantising and compressing the record's model ([\d.]+) \((\d+) s\)",
         readme,
     ).groups()
-    (export,) = json.loads((ROOT / "logs" / "bench_export_cpu.json").read_text())["parts"][
+    (export,) = json.loads((ROOT / "logs/speed" / "bench_export_cpu.json").read_text())["parts"][
         "Quantise and compress"
     ]  # of today's quantiser
     rows = [

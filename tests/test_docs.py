@@ -16,7 +16,7 @@ from scipy import stats
 from logs import read_log
 
 README = (ROOT / "README.md").read_text()
-SEEDS = [ROOT / "logs" / f"demo_seed{seed}" for seed in (1337, 42, 2025)]
+SEEDS = [ROOT / "logs" / f"demo/seed{seed}" for seed in (1337, 42, 2025)]
 
 
 def result_lines(log):
@@ -25,8 +25,8 @@ def result_lines(log):
 
 
 def test_result_table_is_what_the_logs_give():
-    blocks = re.findall(r"<!-- ((?:\w+ ?)+) -->\n(.*?)<!-- end -->", README, re.S)
-    assert [names.split()[0] for names, _ in blocks] == ["demo_seed1337"]
+    blocks = re.findall(r"<!-- ((?:[\w/]+ ?)+) -->\n(.*?)<!-- end -->", README, re.S)
+    assert [names.split()[0] for names, _ in blocks] == ["demo/seed1337"]
     for names, block in blocks:
         logs = [read_log(ROOT / "logs" / f"{name}.txt") for name in names.split()]
         assert block == "\n".join(
@@ -51,7 +51,7 @@ def metrics(name):
     return read_metrics(ROOT / "logs" / name)
 
 
-def ablation_lines(rows, base="row_default"):
+def ablation_lines(rows, base="ablations/default"):
     """Table lines of training ablations: what changed, steps, val_bpb before quantising, difference to the base."""
     score = {log: metrics(log)["final_float_roundtrip"]["val_bpb"] for _, log in rows}
     return [
@@ -98,9 +98,9 @@ def titles(block):
 
 
 def test_quantisers_table_is_the_logs_and_reaches_its_figures():
-    block = in_readme("table: logs/q1")
-    assert block == quantise.table(ROOT / "logs" / "q1")
-    rows = {label: row for label, row in metrics("q1").items() if "damage" in row}
+    block = in_readme("table: logs/quantisers/q1")
+    assert block == quantise.table(ROOT / "logs/quantisers" / "q1")
+    rows = {label: row for label, row in metrics("quantisers/q1").items() if "damage" in row}
     for size in (15880000, 13500000, 11500000):
         lite, rd, gptq = (
             rows[f"{name}@{size}"]
@@ -132,37 +132,40 @@ def test_ablation_and_qat_tables_are_the_logs():
 
 
 def test_every_seed_of_the_full_size_lands_under_the_cap():
-    sizes = [metrics(f"full_seed{seed}")["artifact"]["total_bytes"] for seed in (1337, 42, 2025)]
+    sizes = [
+        metrics(f"quantisers/full_seed{seed}")["artifact"]["total_bytes"]
+        for seed in (1337, 42, 2025)
+    ]
     assert all(15_968_000 <= size <= 15_999_999 for size in sizes)
-    assert "(`logs/full_seed*`): " + ", ".join(
+    assert "(`logs/quantisers/full_seed*`): " + ", ".join(
         f"{size:,}" for size in sizes
     ) + " bytes" in " ".join(README.split())
 
 
 def test_best_against_default_is_what_the_logs_say():
     logs = {
-        kind: [read_log(ROOT / "logs" / f"{kind}_seed{seed}.txt") for seed in (1337, 42, 2025)]
-        for kind in ("demo", "best_demo")
+        kind: [read_log(ROOT / "logs" / "demo" / f"{kind}{seed}.txt") for seed in (1337, 42, 2025)]
+        for kind in ("seed", "best_seed")
     }
     scores = {kind: [log.results["ttt"].val_bpb for log in found] for kind, found in logs.items()}
     means = {kind: statistics.mean(found) for kind, found in scores.items()}
     p = stats.ttest_ind(
-        scores["best_demo"], scores["demo"], equal_var=False, alternative="less"
+        scores["best_seed"], scores["seed"], equal_var=False, alternative="less"
     ).pvalue
     seconds = {
         kind: statistics.mean(
-            metrics(f"{kind}_seed{seed}")["training"]["train_time"] for seed in (1337, 42, 2025)
+            metrics(f"demo/{kind}{seed}")["training"]["train_time"] for seed in (1337, 42, 2025)
         )
         / 1000
         for kind in logs
     }
     text = (
-        f"{means['best_demo']:.4f} against {means['demo']:.4f}, {means['best_demo'] - means['demo']:+.4f} (Welch, one-sided, p = {p:.3f}), after "
-        f"{seconds['best_demo']:.0f} and {seconds['demo']:.0f} s of training"
+        f"{means['best_seed']:.4f} against {means['seed']:.4f}, {means['best_seed'] - means['seed']:+.4f} (Welch, one-sided, p = {p:.3f}), after "
+        f"{seconds['best_seed']:.0f} and {seconds['seed']:.0f} s of training"
     )
     assert text in " ".join(README.split()), text
-    assert means["best_demo"] < means["demo"] and seconds["best_demo"] <= 1.02 * seconds["demo"]
-    assert all(log.results["ttt"].causal for log in logs["best_demo"])
+    assert means["best_seed"] < means["seed"] and seconds["best_seed"] <= 1.02 * seconds["seed"]
+    assert all(log.results["ttt"].causal for log in logs["best_seed"])
 
 
 def test_metrics_and_text_logs_agree():
@@ -178,7 +181,7 @@ def test_metrics_and_text_logs_agree():
 
 def test_equality_table_is_what_the_logs_say():
     rows = re.findall(
-        r"^\|[^|\n]*\| ([^|]+) \| (\d\.\d{8}) \| (\d\.\d{8}) \| `(\w+)` \|$", README, re.M
+        r"^\|[^|\n]*\| ([^|]+) \| (\d\.\d{8}) \| (\d\.\d{8}) \| `([\w/]+)` \|$", README, re.M
     )
     assert len(rows) == 13
     names = {
@@ -199,8 +202,8 @@ def test_every_other_score_in_the_readme_is_in_a_log_or_marked_as_published_else
     own = re.sub(r"^\|.*$", "", re.sub("<!--.*?<!-- end -->", "", own, flags=re.S), flags=re.M)
     logs = "".join(
         result_lines(log)
-        for log in (ROOT / "logs").glob("*.txt")
-        if log.name.startswith(("demo_seed", "lineage_"))
+        for log in (ROOT / "logs").glob("*/*.txt")
+        if log.parent.name in ("demo", "equality")
     )
     numbers = re.findall(r"(?<![+-])\d\.\d{4}", own)
     assert numbers == [
@@ -214,7 +217,7 @@ def test_every_other_score_in_the_readme_is_in_a_log_or_marked_as_published_else
 
 SPLITS = {
     name: {row["row"]: row for row in ablate.read_results(ROOT / "logs" / name)}
-    for name in ("slot_split_demo", "slot_split_6x192")
+    for name in ("slot/split_demo", "slot/split_6x192")
 }
 FITTED = {
     "all targets": "all",
@@ -277,7 +280,7 @@ def test_what_the_readme_says_of_slots_gain_follows_from_the_logs():
     )
     ctw = [
         {row["row"]: row for row in ablate.read_results(ROOT / "logs" / name)}
-        for name in ("ctw_demo", "ctw_6x192")
+        for name in ("slot/ctw_demo", "slot/ctw_6x192")
     ]
     for found, weight, words in (
         (ctw[0], "0.1", "{} on the demo"),
@@ -286,14 +289,14 @@ def test_what_the_readme_says_of_slots_gain_follows_from_the_logs():
     ):
         row = found[f"ctw CTW_WEIGHT={weight} CTW_ENTROPY_THRESHOLD=2"]
         assert words.format(f"{row['diff']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})") in text
-    systems = {row["row"]: row for row in ablate.read_results(ROOT / "logs" / "slot_systems_demo")}
+    systems = {row["row"]: row for row in ablate.read_results(ROOT / "logs" / "slot/systems_demo")}
     assert (
         f"takes {systems['pr1313']['seconds'] / systems['sliding, stride 96']['seconds']:.1f} times as long as sliding"
         in text
     )
     assert f"{systems['pr1313']['val_bpb']:.4f}" == f"{systems['hypergradient']['val_bpb']:.4f}"
     speed = re.findall(
-        r"added time ([\d.]+) times less", (ROOT / "logs" / "slot_speed.txt").read_text()
+        r"added time ([\d.]+) times less", (ROOT / "logs" / "slot/speed.txt").read_text()
     )
     said = re.search(
         r"own time is ([\d.]+) times less .*? and ([\d.]+) times less .*?; ([\d.]+) times less than the leanest",
@@ -331,7 +334,7 @@ def test_what_a_step_sends_follows_from_the_models_shapes():
 
 
 def test_what_the_readme_says_of_kills_and_of_checkpoints_is_in_the_logs():
-    log, text = (ROOT / "logs" / "soak.txt").read_text(), " ".join(README.split())
+    log, text = (ROOT / "logs/resume/soak.txt").read_text(), " ".join(README.split())
     kills, chains, failed = map(
         int, re.search(r"^kills:(\d+) chains:(\d+) failed:(\d+)$", log, re.M).groups()
     )
@@ -357,7 +360,8 @@ def test_what_the_readme_says_of_kills_and_of_checkpoints_is_in_the_logs():
     ):
         assert phase in log, phase
     cost = re.search(
-        r"costs (-?[\d.]+) % of training time", (ROOT / "logs" / "checkpoint_cost.txt").read_text()
+        r"costs (-?[\d.]+) % of training time",
+        (ROOT / "logs" / "resume/checkpoint_cost.txt").read_text(),
     )[1]
     assert float(cost) < 3 and f"training time by {cost} % over six pairs" in text
 
@@ -397,15 +401,15 @@ def test_nothing_large_or_private_is_committed():
 
 
 def test_audits_of_the_demo_found_what_was_claimed():
-    logs = {log.stem: log.read_text() for log in (ROOT / "logs").glob("audit_*.txt")}
-    assert set(logs) == {"audit_context", "audit_past", "audit_systems"}
+    logs = {log.stem: log.read_text() for log in (ROOT / "logs/audits").glob("*.txt")}
+    assert set(logs) == {"context", "past", "systems"}
     for name, text in logs.items():
         assert (
             "NOT AS CLAIMED" not in text
             and text.count("exit status 0") == text.count("exit status") > 0
         )
         verdicts = [line.split() for line in text.splitlines() if line.endswith("as claimed")]
-        if name != "audit_systems":  # 200 probes on one rank and on two
+        if name != "systems":  # 200 probes on one rank and on two
             assert (
                 [row[1:4] for row in verdicts] == [["causal", "causal", "0/200"]] * 2
                 and "1 rank(s)" in text

@@ -713,7 +713,7 @@ def test_checkpointing_every_50_steps_costs_under_3_percent(tiny_data, tmp_path,
 
 @pytest.mark.slow
 def test_soak():
-    """A few of the kills of `python tests/soak.py`, whose full log is logs/soak.txt."""
+    """A few of the kills of `python tests/soak.py`, whose full log is logs/resume/soak.txt."""
     assert soak.main(["--kills", "5", "--seed", "7"]) == 0
 
 

@@ -1,9 +1,9 @@
 """How fast train_gpt.py is: its parts beside plain PyTorch versions of the same arithmetic, the two in turn in one process.
 
-  PRESET=demo python tools/bench.py            all parts, on what DATA_PATH holds; writes logs/bench_cpu.json, or bench_<GPU>.json
+  PRESET=demo python tools/bench.py            all parts, on what DATA_PATH holds; writes logs/speed/bench_cpu.json, or bench_<GPU>.json
   python tools/bench.py --parts step sliding   only these
   python tools/bench.py --lineage DIR          also the settings for which times of #1084's and #1313's own scripts are known
-  python tools/bench.py --render               write BENCHMARKS.md from logs/bench_*.json
+  python tools/bench.py --render               write BENCHMARKS.md from logs/speed/bench_*.json
 
 The baselines are in tools/plain.py; a part counts only if its results are theirs. A ratio is the median over rounds of the baseline's
 seconds over the script's, so that a machine which is busy for a while does not tell. On a CPU the script is timed as it is
@@ -576,7 +576,7 @@ def render(files):
     lines = [
         "# Benchmarks",
         "",
-        "Written by `python tools/bench.py --render` from `logs/bench_*.json`; a test regenerates it. Seconds are medians, ratios are medians "
+        "Written by `python tools/bench.py --render` from `logs/speed/bench_*.json`; a test regenerates it. Seconds are medians, ratios are medians "
         "over rounds of the baseline's seconds over the script's, the two in turn in one process: over 1 is faster. The baselines, in "
         "`tools/plain.py`, are plain PyTorch of the same arithmetic; a part counts only if its results are theirs.",
     ]
@@ -587,7 +587,7 @@ def render(files):
             f"## {found['device']}",
             "",
             f"`{found['command']}`, torch {found['torch']}, Python {found['python']}, attention {found['attention']}, "
-            f"{found['rounds']} rounds, `logs/{path.name}`. Configuration: {found['configuration']}.",
+            f"{found['rounds']} rounds, `logs/speed/{path.name}`. Configuration: {found['configuration']}.",
         ]
         for title, rows in found["parts"].items():
             base = "lineage's" if any("lineage" in row["seconds"] for row in rows) else "baseline's"
@@ -668,12 +668,16 @@ def main():
     parser.add_argument("--rounds", type=int, default=7, help="of which medians are taken (7)")
     parser.add_argument("--targets", type=int, default=16384, help="of sliding evaluation (16384)")
     parser.add_argument("--lineage", type=Path, metavar="DIR", help="folder with a/ and b1313/")
-    parser.add_argument("--out", type=Path, help="JSON file instead of logs/bench_DEVICE.json")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file instead of logs/speed/bench_DEVICE.json"
+    )
     parser.add_argument("--render", action="store_true", help="only write BENCHMARKS.md")
     parser.add_argument("--memory", choices=("plain", "script"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.render:
-        (ROOT / "BENCHMARKS.md").write_text(render(sorted((ROOT / "logs").glob("bench_*.json"))))
+        (ROOT / "BENCHMARKS.md").write_text(
+            render(sorted((ROOT / "logs/speed").glob("bench_*.json")))
+        )
         return
     try:
         b = Bench(t.load_config(os.environ), options.rounds, options.targets)
@@ -704,7 +708,7 @@ def main():
             "sha256_of_script": hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest(),
             "parts": {},
         }
-        path = options.out or ROOT / "logs" / f"bench_{short}.json"
+        path = options.out or ROOT / "logs/speed" / f"bench_{short}.json"
         jobs = [(PARTS[name][1], lambda name=name: PARTS[name][0](b)) for name in options.parts]
         if options.lineage:
             jobs.append(
