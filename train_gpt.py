@@ -1068,6 +1068,13 @@ class Ranks:
         event.record()
         return event
 
+    def ms_between(self, first: Any, second: Any) -> float:
+        """Milliseconds between two moments; waits until the device has passed the second."""
+        if not self.cuda:
+            return 1000 * (second - first)
+        second.synchronize()
+        return first.elapsed_time(second)
+
     def put(self, array: np.ndarray) -> Tensor:
         """Tensor of a numpy array on the device; nobody waits for it."""
         tensor = torch.from_numpy(array)
@@ -1097,31 +1104,36 @@ class Poll:
 
     On a GPU the host runs ahead of the device: an answer that is waited for would stop it. So each
     question is sent with a copy that is not waited for, and what comes back is the answer to the
-    question of `lag` calls ago, by which time the device has long computed it.
+    question of `lag` calls ago, by which time the device has long computed it. What is asked may
+    be of another step than that in which the answer comes: a value that belongs to a step is sent
+    with its number.
     """
 
-    def __init__(self, ranks: Ranks, lag: int = 2) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.lag = lag if ranks.cuda else 0
+        self.lag = 2 if ranks.cuda else 0
         self.sent: deque[tuple[Tensor, Any]] = deque()
 
-    def ask(self, value: float = 0.0, tensor: Tensor | None = None) -> list[float] | None:
-        """[rank 0's value, signals over all ranks, this rank's own tensor], of `lag` calls ago.
+    def ask(
+        self, *values: float, tensor: Tensor | None = None, wait: bool = False
+    ) -> list[float] | None:
+        """[*rank 0's values, signals over all ranks, this rank's own tensor], of `lag` calls ago.
 
-        None for the first lag calls. All ranks call it together. `tensor`, of one element, is not
-        summed: it rides along to spare a wait of its own.
+        None while there is no such call; of this call if it waits. All ranks call it together.
+        `tensor`, of one element, is not summed: it rides along to spare a wait of its own.
         """
-        own = [value * (self.ranks.rank == 0), len(STOP_SIGNALS.received)]
+        own = [value * (self.ranks.rank == 0) for value in values]
+        own.append(len(STOP_SIGNALS.received))
         row = self.ranks.sum(self.ranks.put(np.array(own, dtype=np.float64)))
         if tensor is not None:
             row = torch.cat((row, tensor.view(1)))
         self.sent.append((row.to("cpu", non_blocking=True), self.ranks.moment()))
-        if len(self.sent) <= self.lag:
-            return None
-        answer, moment = self.sent.popleft()
-        if self.ranks.cuda:
-            moment.synchronize()
-        return answer.tolist()
+        answer = None
+        while len(self.sent) > (0 if wait else self.lag):
+            answer, moment = self.sent.popleft()
+            if self.ranks.cuda:
+                moment.synchronize()
+        return None if answer is None else answer.tolist()
 
 
 # How figures are printed, by name. "step" is the quantiser's step size.
@@ -1295,6 +1307,21 @@ class RunLog:
         self.rows[label] = fields
 
 
+def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, for which the host waits once a dtype and device, not for each tensor."""
+    found: dict[str, Tensor] = {}
+    kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor  # in the order that was given
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(name)
+    for names in kinds.values():
+        whole = torch.cat([tensors[name].detach().flatten() for name in names]).cpu()
+        parts = whole.split([tensors[name].numel() for name in names])
+        for name, part in zip(names, parts, strict=True):
+            found[name] = part.view(tensors[name].shape)
+    return found
+
+
 class CheckpointStore:
     """Files KIND.NUMBER.ckpt in a run's folder: written by a thread of rank 0, read by all."""
 
@@ -1323,7 +1350,7 @@ class CheckpointStore:
         for old in self.paths(kind)[:-1]:
             old.unlink()
         path = self.folder / f"{kind}.{number:09d}.ckpt"
-        now = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+        now = to_host(tensors)
         header = {"settings": self.log.settings}
         self.writing = self.writer.submit(
             lambda: write_file(path, seal(header, now), self.log.remedy())
@@ -2138,8 +2165,7 @@ def put_back(params: Iterable[Tensor]) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for p, old in zip(params, kept, strict=True):
-                p.copy_(old)
+            torch._foreach_copy_(params, kept)
 
 
 class Optimizer:
@@ -2318,39 +2344,63 @@ def cosine(high: float, low: float, i: int, n: int) -> float:
 class Clock:
     """Training time, on all ranks rank 0's.
 
-    On a GPU the host is `lag` steps ahead of the device, and Poll answers `lag` calls late: what is
-    known at step s is the device's time at step s - 2 lag, and is carried on from there at the
-    measured time of a step.
+    On a GPU the host is `lag` steps ahead of the device. A time is then that of a moment in the
+    device's own order of work, read when the device has passed it, and it goes with the number of
+    the step that begins there: at step s rank 0 can read the beginning of step s - lag, and the
+    others know it lag steps later. It is carried on to step s at the mean time of a step so far.
+
+    The first steps are waited for. There an error of a few steps would be a large part of the time
+    that has passed, and would start what depends on the rates (late QAT, for good) by a guess.
     """
 
-    def __init__(self, ranks: Ranks, cap_ms: float, step: int = 0, ms: float = 0.0) -> None:
-        ranks.synchronize()
+    WAITED = 5  # steps; as many as can be known late, and one
+
+    def __init__(
+        self, ranks: Ranks, cap_ms: float, step: int = 0, ms: float = 0.0, step_ms: float = 0.0
+    ) -> None:
+        """step_ms: what a step is thought to take, until it is measured."""
         self.ranks, self.cap_ms, self.poll = ranks, cap_ms, Poll(ranks)
-        self.base = (step, ms)
-        self.began = perf_counter() - ms / 1000
-        self.step_ms = ms / max(step, 1)
+        self.begin = step
+        self.agreed_at = (step, ms)  # what all ranks know
+        self.own = (step, ms)  # what this rank knows
+        self.step_ms = ms / step if step else step_ms
+        self.anchor = (ranks.moment(), ms)  # a moment and its training time
+        self.unread: deque[tuple[int, tuple[Any, float], Any]] = deque()
+
+    @property
+    def measured(self) -> bool:
+        """Whether the time of a step is known, and no guess."""
+        return self.agreed_at[0] > 0
+
+    def read(self, anchor: tuple[Any, float], moment: Any) -> float:
+        """Training time in ms at a moment, for which it waits."""
+        start, ms = anchor
+        return ms + self.ranks.ms_between(start, moment)
 
     def now(self) -> float:
         """This rank's training time in ms, once the device is done."""
-        self.ranks.synchronize()
-        return 1000 * (perf_counter() - self.began)
+        return self.read(self.anchor, self.ranks.moment())
 
     def agreed(self, step: int, first_bad: Tensor) -> tuple[float, bool, bool]:
         """(training time in ms before this step, whether to stop, whether a bad loss is known)."""
-        answer = self.poll.ask(1000 * (perf_counter() - self.began), first_bad)
-        at, ms = self.base
-        stops = 0.0
-        bad = math.inf
+        wait = step - self.begin < self.WAITED
+        self.unread.append((step, self.anchor, self.ranks.moment()))
+        while len(self.unread) > (0 if wait else self.poll.lag):
+            at, anchor, moment = self.unread.popleft()
+            self.own = at, self.read(anchor, moment)
+        answer = self.poll.ask(*self.own, tensor=first_bad, wait=wait)
+        stops, bad = 0.0, math.inf
         if answer:
-            ms, stops, bad = answer
-            at = step - 2 * self.poll.lag
+            number, ms, stops, bad = answer
+            self.agreed_at = int(number), ms
+        at, ms = self.agreed_at
         if at > 0:
             self.step_ms = ms / at
         return ms + (step - at) * self.step_ms, stops > 0, bad <= step
 
     def leave_out(self, since_ms: float) -> None:
         """Take what was done since now() gave since_ms out of the training time."""
-        self.began += (self.now() - since_ms) / 1000
+        self.anchor = self.ranks.moment(), since_ms
 
 
 # ==================================================================================================
@@ -2431,7 +2481,7 @@ def step_exponents(
     they stand for row * column / mean. A tenth of the mean is added: a row that the text did not
     touch gets a step too.
     """
-    most = max(cost.mean().item() for cost in by_row.values()) + 1e-30
+    most = torch.stack([cost.mean() for cost in by_row.values()]).max().item() + 1e-30
     grid = {}
     for name, cost in by_row.items():
         mean = cost.mean() + 1e-6 * most
@@ -2645,7 +2695,8 @@ class Quantizer:
         for name, m in found.items():
             which = distributions(spread[name], len(m.levels))
             at = (which * SYMBOLS + m.levels.int() + SYMBOLS // 2).flatten()
-            own = torch.bincount(at, minlength=DISTRIBUTIONS * SYMBOLS)
+            own = torch.zeros(DISTRIBUTIONS * SYMBOLS, dtype=torch.long, device=at.device)
+            own.index_add_(0, at, torch.ones_like(at, dtype=torch.long))  # bincount() would wait
             scaled = own * len(self.state[name]) // len(m.levels)
             counts = counts.to(own.device) + scaled
         return counts.view(DISTRIBUTIONS, SYMBOLS).cpu().numpy(), spread
@@ -2706,10 +2757,10 @@ class Quantizer:
         if self.c.coder == "rans":
             which = torch.cat(
                 [
-                    distributions(spread[name], len(m.levels)).flatten().to("cpu", torch.uint8)
+                    distributions(spread[name], len(m.levels)).flatten().to(torch.uint8)
                     for name, m in found.items()
                 ]
-            )
+            ).cpu()
             table = frequencies(counts)
             codes = rans_encode(levels.numpy() + SYMBOLS // 2, which.numpy(), table)
             tensors["codes"] = torch.from_numpy(codes)
@@ -2733,11 +2784,13 @@ class Quantizer:
 
     def plain_tensors(self) -> dict[str, Tensor]:
         """Tensors that are not quantised, as they are stored."""
-        return {
-            name: (t.half() if self.kinds[name] == "fp16" else t).cpu()
-            for name, t in self.state.items()
-            if name not in self.names
-        }
+        return to_host(
+            {
+                name: t.half() if self.kinds[name] == "fp16" else t
+                for name, t in self.state.items()
+                if name not in self.names
+            }
+        )
 
 
 class GptqLite(Quantizer):
@@ -2791,10 +2844,8 @@ class RateDistortion(Quantizer):
     @functools.cached_property
     def finest(self) -> float:
         """The step size under which the least steps bind in every row."""
-        return min(
-            (self.least[name] / torch.exp2(rows / 4)).min().item()
-            for name, (rows, _) in self.grid.items()
-        )
+        ratios = [self.least[name] / torch.exp2(rows / 4) for name, (rows, _) in self.grid.items()]
+        return torch.stack([ratio.min() for ratio in ratios]).min().item()
 
     @staticmethod
     def level_kind(c: Config, export: str) -> str:
@@ -3641,7 +3692,7 @@ class Stopwatch:
         self.ranks.synchronize()
         for moments in self.moments:
             for k, (a, b) in enumerate(pairwise(moments)):
-                self.spent[k] += a.elapsed_time(b) / 1000 if self.ranks.cuda else b - a
+                self.spent[k] += self.ranks.ms_between(a, b) / 1000
         self.moments = []
         return self.spent.copy()
 
@@ -3944,8 +3995,8 @@ def train_on_validation(c: Config, run: Run, model: GPT, val: ValData) -> None:
         trainer.train(val.tokens, 0, val.n, rate=rate, epochs=1)
         seconds = perf_counter() - began
         run.log.line(f"prequant_ttt:epoch {epoch + 1}/{epochs} seconds:{seconds:.1f}")
-        answer = Poll(run.ranks, lag=0).ask()
-        if answer and answer[1]:
+        answer = Poll(run.ranks).ask(wait=True)
+        if answer and answer[0]:
             run.stop()
     model.zero_grad(set_to_none=True)
 
@@ -4174,7 +4225,8 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
             model.start_recurrence()
             run.log.line(f"recurrence:on step:{step} layers:{shown(c.recur_layers)}")
         factor = lr_factor(c, step, elapsed, clock.step_ms)
-        if c.late_qat and factor < c.late_qat_threshold and not qat.step_size:
+        known = clock.measured or not clock.cap_ms  # the grid is fixed for good: not by a guess
+        if c.late_qat and known and factor < c.late_qat_threshold and not qat.step_size:
             qat.start(ranks, data)
             run.log.line(
                 f"late_qat:on step:{step} lr_scale:{factor:.4f} grid_step:{qat.step_size:.6g}"

@@ -206,31 +206,6 @@ print(new, faults())"""
     assert kept < new / 20, (new, kept)
 
 
-def test_answers_come_late_on_a_gpu_and_mean_the_same(tiny_data):
-    """With the lag of a GPU: nothing at first, then what was asked so many calls ago; the clock reckons with it."""
-    run = t.Run(config(tiny_data))
-    poll = t.Poll(run.ranks)
-    assert poll.lag == 0 and poll.ask(3.0) == [3.0, 0.0]
-    poll.lag = 2
-    assert [poll.ask(x) for x in (1.0, 2.0, 3.0, 4.0)] == [None, None, [1.0, 0.0], [2.0, 0.0]]
-    clock = t.Clock(run.ranks, 0)
-    clock.poll.lag, bad = 2, torch.full((), 6.0)
-    asked = clock.poll.ask
-    times = iter(
-        range(0, 1000, 10)
-    )  # the host posts at step s when the device begins step s - 2: 10 ms a step
-    clock.poll.ask = lambda value, tensor: asked(
-        float(next(times)) - 20 if clock else value, tensor
-    )
-    found = [clock.agreed(step, bad) for step in range(12)]
-    assert [elapsed for elapsed, *_ in found[6:]] == pytest.approx(
-        [10 * s for s in range(6, 12)], rel=0.01
-    )
-    assert [bad for *_, bad in found] == [False] * 6 + [True] * 6 and not any(
-        stop for _, stop, _ in found
-    )
-
-
 def test_benchmarks_are_what_the_logs_say():
     assert LOGS and (ROOT / "BENCHMARKS.md").read_text() == bench.render(LOGS)
 

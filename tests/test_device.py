@@ -1,0 +1,139 @@
+"""What a GPU would break, tested where there is none: a device that answers late."""
+
+import pytest
+import torch
+from conftest import config, t
+
+
+class Moment:
+    """A CUDA event of the simulated device."""
+
+    def __init__(self, device, at):
+        self.device, self.at = device, at
+
+    def synchronize(self):
+        self.device.host = max(self.device.host, self.at)
+
+    def elapsed_time(self, later):
+        assert later.at <= self.device.host, "read before the device was there"
+        return later.at - self.at
+
+
+class LateDevice(t.Ranks):
+    """A rank whose device works behind the host; both have a clock, in ms."""
+
+    def __init__(self, world=1, rank=0):
+        self.rank, self.world, self.local_world, self.cuda = rank, world, world, True
+        self.device = torch.device("cpu")
+        self.host = self.busy_until = 0.0
+        self.waits = 0
+
+    def work(self, ms, launch=3.0):
+        """The host launches what takes the device so long."""
+        self.host += launch
+        self.busy_until = max(self.busy_until, self.host) + ms
+
+    def moment(self):
+        return Moment(self, max(self.busy_until, self.host))
+
+    def synchronize(self):
+        self.waits += 1
+        self.moment().synchronize()
+
+    def put(self, array):
+        return torch.from_numpy(array)
+
+    def sum(self, tensor):
+        return tensor
+
+
+def test_answers_are_those_of_two_calls_ago_but_where_they_are_waited_for():
+    poll = t.Poll(LateDevice())
+    found = [poll.ask(x, tensor=torch.tensor(7.0)) for x in (1.0, 2.0, 3.0, 4.0)]
+    assert found == [None, None, [1.0, 0.0, 7.0], [2.0, 0.0, 7.0]]
+    assert poll.ask(5.0, 6.0, wait=True) == [5.0, 6.0, 0.0] and poll.ask() is None
+
+
+def test_without_a_gpu_nothing_is_late():
+    poll = t.Poll(t.Ranks(config(DEVICE="cpu")))
+    assert [poll.ask(x) for x in (1.0, 2.0)] == [[1.0, 0.0], [2.0, 0.0]]
+
+
+def simulate(step_ms, logged, *, cap_s=600, iterations=20000, primed=True, begin=0, validate=()):
+    """[(step, exact ms, the clock's ms, step_ms, measured)] of a run to its cap."""
+    device = LateDevice()
+    device.work(500.0)  # what goes before
+    begin_ms = begin * step_ms
+    clock = t.Clock(device, 1000 * cap_s, begin, begin_ms, step_ms if primed else 0.0)
+    left_out, origin = 0.0, clock.anchor[0].at
+    first_bad = torch.full((), iterations + 1.0)
+    found = []
+    for step in range(begin, iterations + 1):
+        exact = begin_ms + max(device.busy_until, device.host) - origin - left_out
+        elapsed, stop, bad = clock.agreed(step, first_bad)
+        assert not stop and not bad
+        found.append((step, exact, elapsed, clock.step_ms, clock.measured))
+        if step in validate:
+            since = clock.now()
+            before = device.busy_until
+            device.work(5000.0)
+            left_out += device.busy_until - before
+            clock.leave_out(since)
+        if elapsed + clock.step_ms >= 1000 * cap_s and step:
+            break
+        device.work(step_ms)
+        if logged and (step < 10 or (step + 1) % 100 == 0):
+            assert clock.now() == pytest.approx(exact + step_ms, abs=step_ms / 2 + 10)
+    return found
+
+
+@pytest.mark.parametrize("logged", [True, False])
+@pytest.mark.parametrize("step_ms", [84, 400, 672, 2000])
+def test_rates_and_stop_are_those_of_the_exact_time(step_ms, logged):
+    c = config(MAX_WALLCLOCK_SECONDS=600, ITERATIONS=20000, WARMDOWN_ITERS=3500, MIN_LR=0)
+    found = simulate(step_ms, logged, validate=(0, 50, 100))
+    for step, exact, elapsed, estimate, measured in found:
+        assert abs(elapsed - exact) <= step_ms / 2 + 10, step
+        factor = t.lr_factor(c, step, elapsed, estimate)
+        mean = exact / step if step else step_ms
+        assert factor == pytest.approx(t.lr_factor(c, step, exact, mean), rel=0.01, abs=1e-3), step
+        assert measured == (step > 0)
+    step, exact, *_ = found[-1]
+    assert 600_000 - 2 * step_ms - 20 <= exact <= 600_000 + step_ms
+
+
+def test_a_first_step_of_unknown_length_is_no_reason_to_begin_qat():
+    """Not primed, the time of a step is unknown at step 0 and known from step 1 on."""
+    found = simulate(672, True, primed=False)
+    assert [row[3] for row in found[:2]] == [0.0, pytest.approx(672, abs=10)]
+    assert [row[4] for row in found[:2]] == [False, True]
+
+
+def test_a_resumed_clock_goes_on_from_its_step():
+    found = simulate(400, True, begin=700)
+    assert found[0][1:4] == (280_000, 280_000, 400)
+    assert all(abs(elapsed - exact) < 200 for _, exact, elapsed, *_ in found)
+
+
+def test_steps_after_the_first_are_not_waited_for():
+    """The host stays up to two steps ahead: it waits for a moment two steps old, never for now."""
+    device = LateDevice()
+    clock = t.Clock(device, 0)
+    ahead = []
+    for step in range(20):
+        clock.agreed(step, torch.full((), 99.0))
+        ahead.append(device.busy_until - device.host)
+        device.work(400.0)
+    assert max(ahead[: clock.WAITED]) <= 0
+    assert all(390 <= ms <= 800 for ms in ahead[clock.WAITED + 1 :]) and not device.waits
+
+
+def test_ranks_know_the_time_of_rank_0_only():
+    """Another rank's own clock has no part in what it is told."""
+    device = LateDevice(world=2, rank=1)
+    sent = []
+    device.sum = lambda row: sent.append(row.clone()) or row + torch.tensor([3.0, 1200.0, 0.0])
+    clock = t.Clock(device, 0)
+    device.work(77.0)
+    ms, *_ = clock.agreed(3, torch.full((), 99.0))
+    assert sent[0].tolist()[:2] == [0.0, 0.0] and ms == 1200 and clock.step_ms == 400
