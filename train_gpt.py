@@ -1086,6 +1086,12 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Make tensors rank 0's, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
+
     def share(self, data: bytes | bytearray) -> bytes | bytearray:
         """Rank 0's bytes, on all ranks."""
         if self.world == 1:
@@ -1140,6 +1146,7 @@ class Poll:
 FORMATS = {
     "train_time": "{:.0f}ms",
     "eval_time": "{:.0f}ms",
+    "compile_time": "{:.0f}ms",
     "step_avg": "{:.2f}ms",
     "seconds": "{:.1f}",
     "step": "{:.6g}",
@@ -1742,21 +1749,31 @@ def flash_attention(function: Callable[..., Any]) -> AttentionFunction:
     return attend
 
 
-def choose_attention(wanted: str, device: torch.device) -> tuple[str, AttentionFunction]:
-    """(name, function) of the attention that ATTENTION asks for. Raises BadInput."""
+def choose_attention(wanted: str, ranks: Ranks) -> tuple[str, AttentionFunction, str]:
+    """(name, function, what to say of it) of the attention that ATTENTION asks for.
+
+    Raises BadInput. FlashAttention-4 is taken only by name, and not compiled: its function cannot
+    be traced, so a graph would break in every block.
+    """
+    note = ""
     for name, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute")):
-        if wanted not in (name, "auto"):
+        if wanted != name and (wanted != "auto" or name == "fa4"):
             continue
         try:
-            if device.type == "cpu":
+            if not ranks.cuda:
                 raise ImportError("it needs a GPU")
-            return name, flash_attention(importlib.import_module(module).flash_attn_func)
-        except (ImportError, AttributeError) as why:
+            if name == "fa4" and ranks.compile:
+                raise ImportError("it cannot be compiled; set COMPILE=0")
+            function = importlib.import_module(module).flash_attn_func
+            return name, flash_attention(function), ""
+        except Exception as why:  # a library built for another torch raises all sorts
             if wanted == name:
                 raise BadInput(
                     f"ATTENTION={name}: {module}: {why}; allowed here: auto or sdpa."
                 ) from None
-    return "sdpa", sdpa_attention
+            if ranks.cuda and not isinstance(why, ModuleNotFoundError):
+                note = f"ATTENTION=auto: {module} cannot be used ({why}); taking torch's own"
+    return "sdpa", sdpa_attention, note
 
 
 def attention_kernel(name: str, c: Config, ranks: Ranks) -> str:
@@ -3109,21 +3126,25 @@ class Averages:
         return {name: found[name]}
 
     @torch.no_grad()
-    def choose(
-        self, run: Run, model: GPT, data: TrainData, calibration: Calibration | None
-    ) -> None:
-        """Put the best candidate into the model and log the losses of all.
+    def compare(
+        self,
+        ranks: Ranks,
+        model: GPT,
+        data: TrainData,
+        calibration: Calibration | None,
+        found: Mapping[str, list[Tensor]],
+    ) -> dict[str, float]:
+        """Losses of candidates on held-out text, by name; the last one stays in the model, rounded.
 
         All are rounded at one step size, at which the first of them fits, and without GPTQ's error
         feedback, which takes many times as long.
         """
         losses: dict[str, float] = {}
-        found = self.candidates()
         step_size = 0.0
         grid_alone = Calibration(calibration.grid, {}) if calibration else None
-        tokens = torch.from_numpy(data.held_out.astype(np.int64)).to(run.ranks.device)
+        tokens = torch.from_numpy(data.held_out.astype(np.int64)).to(ranks.device)
         inputs, targets = (
-            t.view(-1, data.T).split(8)[run.ranks.rank :: run.ranks.world]
+            t.view(-1, data.T).split(8)[ranks.rank :: ranks.world]
             for t in (tokens[:-1], tokens[1:])
         )
         for name, weights in found.items():
@@ -3131,12 +3152,22 @@ class Averages:
             quantizer = make_quantizer(self.c, model.state_dict(), grid_alone)
             step_size = step_size or quantizer.search(bytes_for_weights(self.c))
             load_state(model, quantizer.rounded(step_size), "average")
-            total = torch.zeros((), device=run.ranks.device, dtype=torch.float64)
+            total = torch.zeros((), device=ranks.device, dtype=torch.float64)
             for ids, goal in zip(inputs, targets, strict=True):
                 total += GPT.forward(model, ids, goal, "sum")  # no compiling on the clock
-            losses[name] = run.ranks.sum(total).item() / (len(tokens) - 1)
-            tokens_scored = len(tokens) - 1
-            run.log.metric(f"average_{name}", heldout_train_loss=losses[name], tokens=tokens_scored)
+            losses[name] = ranks.sum(total).item() / (len(tokens) - 1)
+        return losses
+
+    @torch.no_grad()
+    def choose(
+        self, run: Run, model: GPT, data: TrainData, calibration: Calibration | None
+    ) -> None:
+        """Put the best candidate into the model and log the losses of all."""
+        found = self.candidates()
+        losses = self.compare(run.ranks, model, data, calibration, found)
+        tokens = len(data.held_out) - 1
+        for name, loss in losses.items():
+            run.log.metric(f"average_{name}", heldout_train_loss=loss, tokens=tokens)
         best = min(losses, key=losses.__getitem__)
         torch._foreach_copy_(self.params, found[best])
         run.log.line(f"average: exporting {best} swa_snapshots:{self.snapshots}")
@@ -3656,6 +3687,17 @@ class ChunkTrainer:
             mine = slice(i + self.ranks.rank, i + size, self.ranks.world)
             self.step(inputs[mine], targets[mine], (targets[i : i + size] >= 0).sum())
 
+    def prime(self, tokens: Tensor) -> None:
+        """Compile what step() will call, on the first tokens; nothing is changed."""
+        T = self.c.eval_seq_len
+        mine = len(range(self.ranks.rank, self.c.ttt_batch_seqs, self.ranks.world))
+        rows = tokens[self.ranks.put(np.zeros((max(1, mine), 1), int) + np.arange(T + 1))]
+        n = micro_batches(self.ranks, len(rows), T)
+        ids, goal = (part.chunk(n)[0] for part in (rows[:, :-1], rows[:, 1:]))
+        with torch.enable_grad():
+            self.model(ids, goal, "sum").backward()
+        self.grad.zero_()
+
     def step(self, inputs: Tensor, targets: Tensor, count: Tensor) -> None:
         """A step on the mean over the count targets of all ranks; one may hold none."""
         self.grad.zero_()
@@ -3680,6 +3722,7 @@ class Stopwatch:
     def __init__(self, ranks: Ranks, methods: int) -> None:
         self.ranks = ranks
         self.began = perf_counter()
+        self.compiling = 0.0
         self.spent = np.zeros(methods)
         self.moments: list[list[Any]] = []  # [methods + 1] around the methods' work
 
@@ -3695,6 +3738,11 @@ class Stopwatch:
                 self.spent[k] += self.ranks.ms_between(a, b) / 1000
         self.moments = []
         return self.spent.copy()
+
+    def leave_out(self, seconds: float) -> None:
+        """Take seconds of compiling, just spent, out of the pass's."""
+        self.compiling += seconds
+        self.began += seconds
 
     def resume(self, elapsed: float, spent: Sequence[float]) -> None:
         """Take in the seconds of before."""
@@ -3864,6 +3912,29 @@ def score_batch(work: Pass, windows: slice) -> list[Any]:
     return moments
 
 
+def prime_pass(work: Pass) -> float:
+    """Compile what a pass will call; seconds. Nothing is scored, fitted to or learnt."""
+    began = perf_counter()
+    kept = [{name: t.clone() for name, t in method.state().items()} for method in work.methods]
+    told: list[Any] = [work, *work.methods]
+    observer = work.observer
+    for part in told:
+        part.observer = SILENT
+    size = work.batch_windows
+    for first in (0, size):  # the first window is scored whole, the others' last rows alone
+        score_batch(work, slice(first, min(first + size, len(work.starts))))
+    if work.trainer:
+        work.trainer.prime(work.val.tokens)
+    work.out.zero_()
+    for method, states in zip(work.methods, kept, strict=True):
+        for name, tensor in method.state().items():
+            tensor.copy_(states[name])
+    for part in told:
+        part.observer = observer
+    work.ranks.synchronize()
+    return perf_counter() - began
+
+
 def score(
     run: Run,
     model: GPT,
@@ -3887,6 +3958,8 @@ def score(
     shown_at = perf_counter()
     resumed = 0  # the window to go on with
     live = work.live_tensors()
+    if ranks.compile:
+        watch.leave_out(prime_pass(work))
     if checkpoint:
         resumed = checkpoint.resume(out, live, watch)
     for chunk in range(work.chunks):
@@ -3946,7 +4019,10 @@ def evaluate(
             watch = Stopwatch(run.ranks, len(jobs))
             results = score(run, model, val, jobs, watch=watch, checkpoint=checkpoint)
             total = watch.elapsed()
-        run.log.metric(f"pass_{name}", eval_time=1000 * total)
+        figures: dict[str, Any] = {"eval_time": 1000 * total}
+        if watch.compiling:
+            figures["compile_time"] = 1000 * watch.compiling
+        run.log.metric(f"pass_{name}", **figures)
         for label, (nats, seconds) in zip(group, results, strict=True):
             if label in missing:
                 log_result(c, run, val, weights, label, nats=nats, seconds=seconds)
@@ -4095,15 +4171,43 @@ def train_step(
     return total, norm
 
 
-def prime(c: Config, run: Run, model: GPT, data: TrainData) -> None:
-    """Compile before the clock starts: WARMUP_STEPS steps of which nothing remains."""
-    optimizer = Optimizer(c, run.ranks, model)
+def prime(c: Config, run: Run, model: GPT, data: TrainData) -> tuple[float, float]:
+    """Compile, and measure, before the clock starts; nothing remains of it.
+
+    Returns what the quickest of WARMUP_STEPS steps took and what comes after the last step will
+    take, in ms, rank 0's.
+    """
+    ranks = run.ranks
+    optimizer = Optimizer(c, ranks, model)
     feed = data.batches()
+    taken = []
     with put_back(model.parameters()):
         for step in range(c.warmup_steps):
             model.recurring = bool(c.recur_layers) and step % 2 == 1  # both graphs
-            train_step(c, run.ranks, model, optimizer, next(feed), step=step, lr_factor=1.0)
-    run.log.line(f"primed in {c.warmup_steps} steps")
+            start = ranks.moment()
+            train_step(c, ranks, model, optimizer, next(feed), step=step, lr_factor=1.0)
+            taken.append(ranks.ms_between(start, ranks.moment()))
+        end = min(rehearse_end(c, ranks, model, data) for _ in range(2))  # the first one warms up
+    found = ranks.sum(torch.tensor([min(taken), end], device=ranks.device) * (ranks.rank == 0))
+    step_ms, end_ms = found.tolist()
+    run.log.line(
+        f"primed in {c.warmup_steps} steps: the quickest {step_ms:.2f}ms, what follows the last one"
+        f" {end_ms:.0f}ms"
+    )
+    return step_ms, end_ms
+
+
+def rehearse_end(c: Config, ranks: Ranks, model: GPT, data: TrainData) -> float:
+    """What finish_training() and the last checkpoint will take, in ms."""
+    state = TrainingState(c, ranks, model)
+    state.averages.steps = c.lawa_freq  # so that each average has a snapshot
+    state.averages.snapshots = 1
+    start = ranks.moment()
+    calibration = calibration_for_export(c, ranks, model, data, state.qat)
+    found = state.averages.candidates()
+    state.averages.compare(ranks, model, data, calibration, found)
+    to_host(state.tensors())
+    return ranks.ms_between(start, ranks.moment())
 
 
 class TrainingState:
@@ -4188,8 +4292,9 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
     Returns what its export needs. Raises Fault for a loss or gradient that is not finite.
     """
     ranks = run.ranks
-    if ranks.compile and c.warmup_steps:
-        prime(c, run, model, data)
+    step_ms = end_ms = 0.0
+    if (ranks.compile or ranks.cuda) and c.warmup_steps:
+        step_ms, end_ms = prime(c, run, model, data)
     state = TrainingState(c, ranks, model)
     begin, ms = state.resume(run)
     optimizer, averages, qat = state.optimizer, state.averages, state.qat
@@ -4197,13 +4302,14 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
     # the first step, from 1, whose loss or gradient was not finite; past the end: none
     first_bad = torch.full((), c.iterations + 1, device=ranks.device)
     model.recurring = bool(c.recur_layers) and (begin > c.recur_start or not c.recur_start)
-    clock = Clock(ranks, 1000 * c.max_wallclock_seconds, begin, ms)
-    # Calibrating and comparing averages is training time too: about that of so many steps.
-    work_tokens = 1.5 * len(data.held_out) + 2 * c.calibration_tokens
-    reserve = 2 + work_tokens / c.train_batch_tokens
+    clock = Clock(ranks, 1000 * c.max_wallclock_seconds, begin, ms, step_ms)
+    # Calibrating and comparing averages is training time too. Where it was not rehearsed: three
+    # forwards of the held-out text are a step's work on it, and in small parts half as much again.
+    end_steps = 1.5 * (len(data.held_out) + c.calibration_tokens) / c.train_batch_tokens
     for step in range(begin, c.iterations + 1):
         elapsed, stop, bad = clock.agreed(step, first_bad)
-        time_up = 0 < clock.cap_ms <= elapsed + reserve * clock.step_ms and step > 0
+        reserve_ms = 2 * clock.step_ms + (end_ms or end_steps * clock.step_ms)
+        time_up = 0 < clock.cap_ms <= elapsed + reserve_ms and step > 0
         last = step == c.iterations or time_up
         every = c.save_every > 0 and step % c.save_every == 0
         save = step > begin and (stop or last or every)
@@ -4299,7 +4405,7 @@ def run_all(c: Config) -> None:
             f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: with {ranks.world} ranks a multiple of"
             f" {ranks.world * c.train_seq_len}."
         )
-    name, attend = choose_attention(c.attention, ranks.device)
+    name, attend, note = choose_attention(c.attention, ranks)
     val = ValData(c, ranks)
     data = None
     if state is None:
@@ -4310,6 +4416,7 @@ def run_all(c: Config) -> None:
         load_state(model, state, f"LOAD_ARTIFACT={c.load_artifact}")
     run.log.start()
     model.to(ranks.device)
+    ranks.copy_first(model.parameters())  # initial ones differ where processors do
     if ranks.compile:
         compile_model(model)
     run.log.line(
@@ -4317,19 +4424,34 @@ def run_all(c: Config) -> None:
         f" attention:{attention_kernel(name, c, ranks)} val_tokens:{val.n} (the last {val.dropped}"
         f" fill no window) val_bytes:{val.total_bytes}"
     )
+    if note:
+        run.log.line(note)
+    if c.device == "auto" and torch.version.cuda and not ranks.cuda:
+        run.log.line(
+            f"DEVICE=auto: this torch is for GPUs (CUDA {torch.version.cuda}) and sees none;"
+            " running on the CPU"
+        )
     if __name__ == "__main__":
         STOP_SIGNALS.install()
     try:
-        if data:
-            train_and_export(c, run, model, data, val)
-        evaluate(c, run, model, val, "artifact", labels=c.evals)
-        if "eval_total" not in run.log.rows:
-            passes = [row for n, row in run.log.rows.items() if n.startswith("pass_artifact")]
-            run.log.metric("eval_total", eval_time=sum(row["eval_time"] for row in passes))
+        carry_out(c, run, model, data, val)
     except Exception as problem:  # also that of a collective whose other end died
         run.store.writer.shutdown()  # ends with the checkpoint that is being written
         run.log.line(f"error: {problem}")
         raise
+
+
+def carry_out(c: Config, run: Run, model: GPT, data: TrainData | None, val: ValData) -> None:
+    """Train and export, if there are data for it, and evaluate the artifact."""
+    if data:
+        train_and_export(c, run, model, data, val)
+    evaluate(c, run, model, val, "artifact", labels=c.evals)
+    if "eval_total" not in run.log.rows:
+        passes = [row for n, row in run.log.rows.items() if n.startswith("pass_artifact")]
+        total = sum(row["eval_time"] + row.get("compile_time", 0) for row in passes)
+        run.log.metric("eval_total", eval_time=total)
+    if run.ranks.world > 1:
+        dist.barrier()  # the rank that ends first takes the others' connections with it
 
 
 def refuse_checkpoint(c: Config) -> None:

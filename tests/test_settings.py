@@ -488,7 +488,7 @@ def test_gpu_and_flash_attention_are_refused_by_name_where_they_are_not():
     with pytest.raises(t.BadInput, match="DEVICE=cuda"):
         t.Run(config(DEVICE="cuda"))
     with pytest.raises(t.BadInput, match="ATTENTION=fa3.*allowed here: auto or sdpa"):
-        t.choose_attention("fa3", t.torch.device("cpu"))
+        t.choose_attention("fa3", t.Ranks(config(DEVICE="cpu")))
 
 
 def test_bad_setting_ends_the_process_with_one_message_and_status_2(tmp_path):

@@ -239,7 +239,7 @@ def load(artifact, env):
     run = t.Run(c)
     val, model = (
         t.ValData(c, run.ranks),
-        t.GPT(c, run.ranks.dtype, t.choose_attention(c.attention, run.ranks.device)[1]),
+        t.GPT(c, run.ranks.dtype, t.choose_attention(c.attention, run.ranks)[1]),
     )
     t.load_state(model, state, f"LOAD_ARTIFACT={artifact}")
     if run.ranks.world > 1 and not dist.is_initialized():

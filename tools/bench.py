@@ -78,7 +78,7 @@ class Bench:
             run = self.runs[name] = copy.copy(self.run)
             run.ranks = copy.copy(self.run.ranks)
             run.ranks.compile = name == "compiled"
-        self.attention = t.choose_attention(c.attention, self.run.ranks.device)
+        self.attention = t.choose_attention(c.attention, self.run.ranks)
         self.data = t.TrainData(c, self.run.ranks)
         self.compiles = self.run.ranks.cuda or c.compile != "0"
 
