@@ -278,6 +278,9 @@ def main(argv=None):
     )
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE")
     args = parser.parse_args(argv)
+    # sums by atomics come out differently in each run, and C1 compares bits
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    t.torch.use_deterministic_algorithms(t.torch.cuda.is_available())
     try:
         run, c, model, val = load(args.artifact, settings_of(args.settings, args.preset))
         run.log.line = lambda text: None  # no progress lines
