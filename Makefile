@@ -20,11 +20,11 @@ demo-data: .venv/installed
 
 demo: demo-data
 	PRESET=demo RUN_ID=$(RUN_ID) $(BIN)/torchrun --standalone --nproc_per_node=1 train_gpt.py
-	$(BIN)/python tools/report.py logs/$(RUN_ID) --scale
+	$(BIN)/python -m tools.report logs/$(RUN_ID) --scale
 
 bench: demo-data
-	PRESET=$(BENCH_PRESET) $(BIN)/python tools/bench.py
-	$(BIN)/python tools/bench.py --render
+	PRESET=$(BENCH_PRESET) $(BIN)/python -m tools.bench
+	$(BIN)/python -m tools.bench --render
 
 fineweb: .venv/installed
 	$(BIN)/python data/prepare.py fineweb --train-shards $(TRAIN_SHARDS)
@@ -39,7 +39,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -q
 
 soak: .venv/installed
-	$(BIN)/python tests/soak.py --kills 200
+	PYTHONPATH=. $(BIN)/python tests/soak.py --kills 200
 
 clean:
 	rm -rf .venv .pytest_cache .hypothesis data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model
