@@ -12,75 +12,53 @@ from tools.submission import LIMIT, SECONDS, differing, submission
 from tools.tables import NAMES, cells
 
 
+def check_log(log):
+    """(what, verdict True, False or None for unknown, detail) of each check of one log."""
+    name, score = log.path.name, log.score
+    why = log.errors[0] if log.errors else "has a final score" if log.finished else "no final score"
+    yield f"{name}: finished", log.finished and not log.errors, why
+    yield within(f"{name}: training within {SECONDS} s", log.train_seconds, SECONDS + 1)
+    yield within(
+        f"{name}: all evaluation stages within {SECONDS} s", log.eval_seconds, SECONDS, " together"
+    )
+    yield (
+        f"{name}: artifact + code under {LIMIT:,} bytes",
+        None if log.total_bytes is None else log.total_bytes < LIMIT,
+        f"{log.total_bytes:,}" if log.total_bytes else "not said",
+    )
+    repeated = sorted({label for label in log.lines if log.lines.count(label) > 1})
+    labels = f"twice or more: {', '.join(repeated)}" if repeated else f"{len(log.lines)} labels"
+    yield f"{name}: one number a label", not repeated, labels
+    wrong = "; ".join(log.mislabelled)
+    yield f"{name}: labels say what they are", not wrong, wrong or "all"
+    if log.prequant_ttt:
+        spent = f"{log.prequant_seconds:.1f} s of it, counted as evaluation"
+        yield f"{name}: no training on validation tokens before scoring", False, spent
+    if score:
+        yield f"{name}: the score is finite", math.isfinite(score.val_bpb), f"{score.val_bpb}"
+        breaks = f" breaks {score.breaks}" if score.breaks else ""
+        told = f"{NAMES[score.stage]} {score.val_bpb:.8f}{breaks}"
+        yield f"{name}: the score is causal", score.causal, told
+
+
+def within(what, seconds, limit, suffix=""):
+    """The check that a time is at most a limit; unknown where the log does not say it."""
+    if seconds is None:
+        return what, None, "not said"
+    return what, seconds <= limit, f"{seconds:.1f} s{suffix}"
+
+
 def check_logs(logs):
-    """(what, verdict True, False or None for unknown, detail) of each check of the logs."""
+    """(what, verdict, detail) of each check of the logs, alone and together."""
     for log in logs:
-        name, score = log.path.name, log.score
-        yield (
-            f"{name}: finished",
-            log.finished and not log.errors,
-            log.errors[0]
-            if log.errors
-            else "has a final score"
-            if log.finished
-            else "no final score",
-        )
-        seconds = log.train_seconds
-        yield (
-            f"{name}: training within {SECONDS} s",
-            None if seconds is None else seconds <= SECONDS + 1,
-            f"{seconds:.1f} s" if seconds else "not said",
-        )
-        seconds = log.eval_seconds
-        yield (
-            f"{name}: all evaluation stages within {SECONDS} s",
-            None if seconds is None else seconds <= SECONDS,
-            f"{seconds:.1f} s together" if seconds else "not said",
-        )
-        yield (
-            f"{name}: artifact + code under {LIMIT:,} bytes",
-            None if log.total_bytes is None else log.total_bytes < LIMIT,
-            f"{log.total_bytes:,}" if log.total_bytes else "not said",
-        )
-        repeated = sorted({label for label in log.lines if log.lines.count(label) > 1})
-        yield (
-            f"{name}: one number a label",
-            not repeated,
-            f"twice or more: {', '.join(repeated)}" if repeated else f"{len(log.lines)} labels",
-        )
-        yield (
-            f"{name}: labels say what they are",
-            not log.mislabelled,
-            "; ".join(log.mislabelled) or "all",
-        )
-        if log.prequant_ttt:
-            yield (
-                f"{name}: no training on validation tokens before scoring",
-                False,
-                f"{log.prequant_seconds:.1f} s of it, counted as evaluation",
-            )
-        if score:
-            yield f"{name}: the score is finite", math.isfinite(score.val_bpb), f"{score.val_bpb}"
-            yield (
-                f"{name}: the score is causal",
-                score.causal,
-                f"{NAMES[score.stage]} {score.val_bpb:.8f}"
-                + (f" breaks {score.breaks}" if score.breaks else ""),
-            )
-    if len(logs) > 1:
-        differ = differing(logs)
-        yield (
-            "settings equal over seeds",
-            not differ,
-            ", ".join(differ) or f"{len(logs[0].settings)} settings",
-        )
+        yield from check_log(log)
     seeds = [log.seed for log in logs]
     if len(logs) > 1:
-        yield (
-            "seeds differ",
-            None if None in seeds else len(set(seeds)) == len(seeds),
-            ", ".join(map(str, seeds)),
-        )
+        differ = differing(logs)
+        same = ", ".join(differ) or f"{len(logs[0].settings)} settings"
+        yield "settings equal over seeds", not differ, same
+        different = None if None in seeds else len(set(seeds)) == len(seeds)
+        yield "seeds differ", different, ", ".join(map(str, seeds))
     yield "three seeds", None if None in seeds else len(set(seeds)) >= 3, f"{len(logs)} logs"
 
 
@@ -229,77 +207,83 @@ def check_submission(found, logs):
         }
         for s in shared
     }
-    told = {key: found.get(key, found.get(f"mean_{key}")) for key in ("val_loss", "val_bpb")}
-    told = {key: value for key, value in told.items() if isinstance(value, (int, float))}
-    stage = next(
-        (
-            s
-            for s in shared
-            if found.get("metric") in (s, NAMES[s], *(log.results[s].label for log in logs))
-        ),
-        None,
-    )
-    if stage is None and told and means:
-        key = "val_bpb" if "val_bpb" in told else "val_loss"
-        stage = min(means, key=lambda s: abs(means[s][key] - told[key]))
+    stage = stage_of(found, logs, means)
+    told = scores_of(found)
     for key in ("val_loss", "val_bpb"):
-        if key not in told or stage is None:
-            yield (
-                f"submission.json: {key}",
-                None,
-                "not said as a number" if stage else "the logs have no score in common",
-            )
-            continue
-        digits = len(str(told[key]).partition(".")[2])
-        yield (
-            f"submission.json: {key}",
-            abs(means[stage][key] - told[key]) <= 0.6 * 10 ** -min(digits, 8),
-            f"{told[key]}, the mean of {NAMES[stage]} is {means[stage][key]:.8f}",
-        )
+        if key in told and stage:
+            mean = means[stage][key]
+            digits = min(len(str(told[key]).partition(".")[2]), 8)
+            near = abs(mean - told[key]) <= 0.6 * 10**-digits
+            detail = f"{told[key]}, the mean of {NAMES[stage]} is {mean:.8f}"
+            yield f"submission.json: {key}", near, detail
+        else:
+            why = "not said as a number" if stage else "the logs have no score in common"
+            yield f"submission.json: {key}", None, why
     if stage and "causal" in found:
         causal = all(log.results[stage].causal for log in logs)
-        yield (
-            "submission.json: causal",
-            found["causal"] == causal,
-            f"{found['causal']}, {NAMES[stage]} is {'' if causal else 'not '}causal",
-        )
+        detail = f"{found['causal']}, {NAMES[stage]} is {'' if causal else 'not '}causal"
+        yield "submission.json: causal", found["causal"] == causal, detail
+    expected = expected_submission(logs, stage)
+    for key in DERIVED:
+        if key in found and expected.get(key) is not None:
+            what = "largest in the logs is" if key.startswith("bytes") else "logs say"
+            detail = f"{found[key]}, the {what} {expected[key]}"
+            yield f"submission.json: {key}", equal(found[key], expected[key]), detail
+
+
+DERIVED = (  # what submission.json says that follows from the logs, besides the score itself
+    "val_loss_std",
+    "val_bpb_std",
+    "seeds",
+    "seed_results",
+    "bytes_total",
+    "bytes_code",
+    "hardware",
+    "pytorch_version",
+    "compliance",
+)
+
+
+def scores_of(found):
+    """val_loss and val_bpb of somebody's submission.json, where they are numbers."""
+    told = {key: found.get(key, found.get(f"mean_{key}")) for key in ("val_loss", "val_bpb")}
+    return {key: value for key, value in told.items() if isinstance(value, (int, float))}
+
+
+def stage_of(found, logs, means):
+    """The stage that a submission.json is about: the one it names, else the one whose mean is nearest; None if the logs share none."""
+    for stage in means:
+        names = (stage, NAMES[stage], *(log.results[stage].label for log in logs))
+        if found.get("metric") in names:
+            return stage
+    told = scores_of(found)
+    if not told or not means:
+        return None
+    key = "val_bpb" if "val_bpb" in told else "val_loss"
+    return min(means, key=lambda stage: abs(means[stage][key] - told[key]))
+
+
+def expected_submission(logs, stage):
+    """What the logs would say in submission.json; of another stage than we would choose, or of a mixture, only what does not depend on it."""
     try:
         expected = submission(logs)
     except LogError:
-        expected = {
-            key: max(
-                (getattr(log, key.replace("bytes_", "") + "_bytes") or 0 for log in logs), default=0
-            )
-            or None
-            for key in ("bytes_total", "bytes_code")
+        sizes = {
+            f"bytes_{key}": max((getattr(log, f"{key}_bytes") or 0 for log in logs), default=0)
+            for key in ("total", "code")
         }
-    if expected.get("metric") not in (None, *(log.results[stage].label for log in logs if stage)):
-        expected = {
-            key: expected[key] for key in ("bytes_total", "bytes_code", "seeds")
-        }  # the file is about another stage than we would choose
-    for key in (
-        "val_loss_std",
-        "val_bpb_std",
-        "seeds",
-        "seed_results",
-        "bytes_total",
-        "bytes_code",
-        "hardware",
-        "pytorch_version",
-        "compliance",
-    ):
-        if key in found and expected.get(key) is not None:
-            near = (
-                isinstance(expected[key], float)
-                and isinstance(found[key], float)
-                and abs(found[key] - expected[key]) < 6e-5
-            )
-            what = "largest in the logs is" if key.startswith("bytes") else "logs say"
-            yield (
-                f"submission.json: {key}",
-                near or found[key] == expected[key],
-                f"{found[key]}, the {what} {expected[key]}",
-            )
+        return {key: size or None for key, size in sizes.items()}
+    labels = [log.results[stage].label for log in logs] if stage else []
+    if expected["metric"] not in labels:
+        return {key: expected[key] for key in ("bytes_total", "bytes_code", "seeds")}
+    return expected
+
+
+def equal(found, expected):
+    """Whether two values are the same, numbers to four digits after the point."""
+    if isinstance(expected, float) and isinstance(found, float):
+        return abs(found - expected) < 6e-5
+    return found == expected
 
 
 def check(paths, logs):
