@@ -131,7 +131,9 @@ class Config:
         "Comma list, later ones win: a published system; best, what helped its followers; demo, a"
         " small run for a CPU.",
     )
-    run_id: str = setting("", "Names the log and folder in logs/, new; empty: date, time, seed.")
+    run_id: str = setting(
+        "", "NAME or FOLDER/NAME of the log and folder in logs/, new; empty: date, time, seed."
+    )
     seed: int = setting(1337, "Seed of initial weights and data order.", high=2**31 - 1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one.")
     compile: Literal["auto", "0", "1"] = setting("auto", "torch.compile; auto: on a GPU.")
@@ -614,8 +616,11 @@ def cross_check(c: Config) -> list[str]:
 
 def run_problems(c: Config) -> Iterator[tuple[str, str]]:
     """(setting, what is wrong) of how a run is named, begun and exported."""
-    if c.run_id and not re.fullmatch(r"\w[\w.-]*", c.run_id, re.ASCII):
-        yield "RUN_ID", "only letters, digits and . _ -, since files are named by it"
+    if c.run_id and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", c.run_id, re.ASCII):
+        yield (
+            "RUN_ID",
+            "a name, or FOLDER/NAME, of letters, digits and . _ -; files are named by it",
+        )
     if c.resume and not c.run_id:
         yield "RESUME", "needs the RUN_ID to go on with"
     if c.load_artifact and c.load_checkpoint:

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
+os.environ["PYTHONPATH"] = str(ROOT)  # processes that tests start find train_gpt and tools as well
 
 import train_gpt as t
 

@@ -9,6 +9,7 @@ with the code, so that a longer script leaves the weights as many bytes as befor
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -291,6 +292,14 @@ def differences(found, expected, tolerance=0.0):
     return lines
 
 
+def load(path):
+    """A version of the script as the module train_gpt."""
+    spec = importlib.util.spec_from_file_location("train_gpt", path)
+    sys.modules["train_gpt"] = script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
 def main():
     """Record, or compare; the exit status says whether all is equal."""
     parser = argparse.ArgumentParser(
@@ -305,8 +314,7 @@ def main():
     )
     parser.add_argument("cases", nargs="*", help="only these")
     args = parser.parse_args()
-    sys.path.insert(0, str(args.script.resolve().parent))
-    import train_gpt as script
+    script = load(args.script)
 
     stdout = sys.stdout
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as sys.stdout:

@@ -1,6 +1,6 @@
 """Kill runs at random moments, let each go on with RESUME=1, and compare with a run that nobody disturbed.
 
-    python tests/soak.py --kills 200 | tee logs/resume/soak.txt
+    PYTHONPATH=. python tests/soak.py --kills 200 | tee logs/resume/soak.txt
 
 A chain is one run that is killed one to three times: at a random time, while a file is being written, or shortly after a phase begins; by SIGKILL or
 SIGTERM; one process, or two ranks under torchrun of which all or one are killed. It must end with the same 8 decimals of every result, the same

@@ -1,4 +1,4 @@
-"""The plain versions do the script's work, the bench measures both, and BENCHMARKS.md is what its logs say."""
+"""The plain versions do the script's work, the bench measures both, and docs/benchmarks.md is what its logs say."""
 
 import itertools
 import json
@@ -7,14 +7,14 @@ import re
 import subprocess
 import sys
 
-import bench
 import numpy as np
-import plain
 import pytest
 import torch
 from conftest import ROOT, TINY, config, random_model, t
 
-LOGS = sorted((ROOT / "logs/speed").glob("bench_*.json"))
+from tools import bench, plain
+
+LOGS = bench.evidence(ROOT / "logs")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,8 @@ def test_bench_measures_writes_and_renders(tiny_data, tmp_path):
     out = tmp_path / "bench_test.json"
     command = [
         sys.executable,
-        str(ROOT / "tools" / "bench.py"),
+        "-m",
+        "tools.bench",
         "--parts",
         "step",
         "sliding",
@@ -150,7 +151,8 @@ def test_bench_refuses_what_it_cannot_use(tiny_data, tmp_path):
     ):
         command = [
             sys.executable,
-            str(ROOT / "tools" / "bench.py"),
+            "-m",
+            "tools.bench",
             "--parts",
             "sliding",
             "--out",
@@ -186,7 +188,7 @@ def test_export_and_start_up_are_measured(tiny_data):
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_is_kept():
     """New blocks cost a page fault for every 4096 bytes, kept ones none."""
-    code = f"""import resource, sys; sys.path.insert(0, {str(ROOT)!r})
+    code = """import resource
 import train_gpt as t
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -207,7 +209,7 @@ print(new, faults())"""
 
 
 def test_benchmarks_are_what_the_logs_say():
-    assert LOGS and (ROOT / "BENCHMARKS.md").read_text() == bench.render(LOGS)
+    assert LOGS and (ROOT / "docs/benchmarks.md").read_text() == bench.render(LOGS)
 
 
 def test_the_speeds_that_the_readme_gives_are_measured():

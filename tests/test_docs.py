@@ -5,15 +5,13 @@ import re
 import statistics
 import subprocess
 
-import ablate
 import pytest
-import quantise
-import report
 import torch
 from conftest import ROOT, read_metrics, t
 from scipy import stats
 
-from logs import read_log
+from tools import ablate, quantise, report
+from tools.logs import read_log
 
 README = (ROOT / "README.md").read_text()
 SEEDS = [ROOT / "logs" / f"demo/seed{seed}" for seed in (1337, 42, 2025)]

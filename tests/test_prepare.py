@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import importlib
 import json
 import os
 import sys
@@ -10,16 +9,13 @@ import types
 from pathlib import Path
 
 import numpy as np
+import prepare
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-for folder in (Path(__file__).parents[1], Path(__file__).parents[1] / "data"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-prepare = importlib.import_module("prepare")
-train_gpt = importlib.import_module("train_gpt")
+import train_gpt
 
 
 def run(capsys, *argv, fetch=None):

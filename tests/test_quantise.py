@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import quantise
 import torch
 from conftest import config, make_tiny_data, process, random_model, t, timeless
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tools import quantise
 
 CODE = t.code_bytes()
 

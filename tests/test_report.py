@@ -13,11 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import report
-from conftest import PARITY, ROOT
+from conftest import PARITY
 from scipy import stats
 
-from logs import STAGES, LogError, read_log
+import train_gpt
+from tools import checks, figures, report, significance
+from tools.follow import follow, status_line
+from tools.logs import STAGES, LogError, read_log
+from tools.submission import differing, submission
+from tools.tables import DEMO
 
 PUBLISHED = PARITY / "lineage" / "published_logs"
 needs_published = pytest.mark.skipif(
@@ -171,7 +175,7 @@ def test_a_record_whose_table_contradicts_its_logs_fails_the_check(tmp_path, cap
 def test_headings_of_other_peoples_tables(heading, cell, fine, tmp_path):
     log = read_log(PUBLISHED / "pr1084_slot_seed1337.log")
     text = f"| run | Seed | {heading} |\n|---|---|---|\n| a | **1337** (best) | {cell} |\n| b | Mean | {cell} |\n"
-    verdicts = [v for w, v, _ in report.check_readme(text, [log]) if w.startswith("README, ")]
+    verdicts = [v for w, v, _ in checks.check_readme(text, [log]) if w.startswith("README, ")]
     assert all(v == fine for v in verdicts) and (
         verdicts or "time" in heading or heading == "Params"
     )
@@ -206,10 +210,10 @@ def test_a_log_of_the_lineage_that_is_cut_off_is_not_finished(tmp_path):
 @needs_published
 def test_configurations_that_only_the_log_tells_apart_are_not_mixed():
     one, other, _ = published("pr1084_slot*")
-    assert report.differing([one, other]) == []
+    assert differing([one, other]) == []
     other.settings["slot_steps"] = "5"
-    assert report.differing([one, other]) == ["slot_steps"]
-    assert "stages" in report.differing([one, *published("pr1084_baseline*")])
+    assert differing([one, other]) == ["slot_steps"]
+    assert "stages" in differing([one, *published("pr1084_baseline*")])
     assert all(
         log.eval_seconds > 550 for log in published("pr1488*")
     )  # with the training on validation tokens
@@ -224,9 +228,9 @@ def test_evaluation_time_is_that_of_all_stages(capsys):
         out.count("FAIL  pr1150_seed") >= 3
         and "all evaluation stages within 600 s: 649.9 s together" in out
     )
-    assert report.submission.__doc__ and report.check.__doc__
+    assert submission.__doc__ and checks.check.__doc__
     with pytest.raises(LogError, match="not one configuration: .*bytes of code"):
-        report.submission(published("pr1313*") + published("pr1488*"))
+        submission(published("pr1313*") + published("pr1488*"))
 
 
 # ---- logs made here
@@ -424,10 +428,41 @@ def test_table_csv_and_update(tmp_path, capsys):
     )
 
 
+def test_a_log_in_a_folder_of_logs_is_named_by_both(tmp_path, capsys):
+    """As RUN_ID names it; the markers in a README are these names."""
+    folder = tmp_path / "logs" / "slot"
+    folder.mkdir(parents=True)
+    paths = [our_log(folder / f"s{i}.txt", i) for i in (1, 2)]
+    alone = read_log(our_log(tmp_path / "logs" / "s3.txt"))
+    assert [log.name for log in (*map(read_log, paths), alone)] == ["slot/s1", "slot/s2", "s3"]
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- slot/s1 slot/s2 -->\n<!-- end -->\n")
+    assert report.main([*map(str, paths), "--update", str(readme)]) == 0
+    assert "| 2    | 40" in readme.read_text()
+    (folder / "README.md").write_text(readme.read_text().replace("| 1.4400", "| 1.9999"))
+    capsys.readouterr()
+    assert report.main([str(folder), "--check"]) == 1
+    assert "FAIL  README, seed 2, TTT+SLOT: 1.9999" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cap,slow", [(150.0, True), (60.0, False)])
+def test_a_run_that_its_time_cap_ended_says_so_under_the_table(cap, slow, tmp_path, capsys):
+    """Only of make demo's own cap is it known that all steps fit into it."""
+    path = our_log(tmp_path / "a.txt", ITERATIONS=400, MAX_WALLCLOCK_SECONDS=cap)
+    text = path.read_text().replace("/40 ", "/400 ")
+    assert report.main([str(path)]) == 0 and "time cap" not in capsys.readouterr().out
+    early = "stopping_early: wallclock_cap train_time:420ms step:40/400\ntraining steps:40"
+    path.write_text(text.replace("training steps:40", early))
+    assert report.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "a.txt: stopped by the time cap at 40 of 400 steps" in out
+    assert ("too slow or busy, the scores are not comparable" in out) == slow
+
+
 def test_welch_is_scipys_and_hand_checked(tmp_path, capsys):
     ours, theirs = [1.8825, 1.8831, 1.8829], [1.8916, 1.8902, 1.8911, 1.8907]
     for margin in (0.005, 0.0):
-        t, freedom, p = report.welch(ours, theirs, margin)
+        t, freedom, p = significance.welch(ours, theirs, margin)
         a, b = statistics.variance(ours) / 3, statistics.variance(theirs) / 4
         assert t == pytest.approx(
             (statistics.mean(theirs) - statistics.mean(ours) - margin) / math.sqrt(a + b)
@@ -435,7 +470,7 @@ def test_welch_is_scipys_and_hand_checked(tmp_path, capsys):
         assert freedom == pytest.approx(
             (a + b) ** 2 / (a * a / 2 + b * b / 3)
         ) and p == pytest.approx(stats.t.sf(t, freedom))
-    n = report.needed(ours, theirs, 0.005)
+    n = significance.needed(ours, theirs, 0.005)
     assert n == min(
         m
         for m in range(2, 50)
@@ -448,7 +483,7 @@ def test_welch_is_scipys_and_hand_checked(tmp_path, capsys):
         )
         < 0.01
     )
-    assert report.needed(theirs, ours, 0.0) is None
+    assert significance.needed(theirs, ours, 0.0) is None
     better = [our_log(tmp_path / f"a{i}.txt", i, slot=2.4 + i / 1000) for i in (1, 2, 3)]
     worse = [our_log(tmp_path / f"b{i}.txt", i, slot=2.45 + i / 1000) for i in (1, 2, 3)]
     assert report.main([*map(str, better), "--against", *map(str, worse)]) == 0
@@ -530,9 +565,7 @@ def test_submission_says_only_what_the_logs_say_and_refuses_a_mixture(tmp_path, 
         and json.loads(target.read_text())["author"] == "somebody"
     )  # kept
     (tmp_path / "s2.txt").write_text(paths[1].read_text().replace("Total submission size", "Size"))
-    assert (
-        report.submission([read_log(p) for p in paths])["compliance"]["artifact_under_16mb"] is None
-    )
+    assert submission([read_log(p) for p in paths])["compliance"]["artifact_under_16mb"] is None
     before = target.read_text()
     our_log(paths[2], 3, ITERATIONS=41)
     assert (
@@ -703,15 +736,16 @@ def test_files_that_are_no_logs_get_one_line_each_and_the_others_are_reported(tm
     assert report.main([]) == 2
 
 
-def test_figures_are_written_as_png_and_svg(tmp_path):
+def test_figures_are_written_as_png_and_svg(tmp_path, capsys):
     paths = [our_log(tmp_path / f"s{i}.txt", i) for i in (1, 2)]
     assert report.main([*map(str, paths), "--plot", str(tmp_path / "fig.png")]) == 0
+    assert f"wrote {tmp_path}/fig.png and {tmp_path}/fig.svg\n" in capsys.readouterr().out
     assert (tmp_path / "fig.png").read_bytes().startswith(
         b"\x89PNG"
     ) and "training tokens, millions" in (tmp_path / "fig.svg").read_text().replace("<!-- ", "")
     (tmp_path / "s1").mkdir()
     np.save(tmp_path / "s1" / "nll_ttt_slot.npy", np.full(1000, 2.4))
-    points = report.figures.running(read_log(paths[0]))
+    points = figures.running(read_log(paths[0]))
     assert points.shape == (200, 2) and points[-1].tolist() == pytest.approx([1, 1.44])
 
 
@@ -727,7 +761,7 @@ def test_following_a_run_shows_where_it_is(tmp_path, monkeypatch):
     path.write_text(stages.pop(0))
     monkeypatch.setattr(time, "sleep", lambda seconds: path.write_text(stages.pop(0)))
     out = io.StringIO()
-    report.follow(path, out=out)
+    follow(path, out=out)
     lines = out.getvalue().splitlines()
     assert (
         lines[0] == "starting"
@@ -741,7 +775,7 @@ def test_following_a_run_shows_where_it_is(tmp_path, monkeypatch):
         and "TTT+SLOT 1.4400" in lines[3]
     )
     assert report.main(["--follow", str(tmp_path / "none")]) == 2
-    assert all(len(report.status_line(read_log(path), width)) <= width for width in (20, 60, 200))
+    assert all(len(status_line(read_log(path), width)) <= width for width in (20, 60, 200))
 
 
 @pytest.mark.slow
@@ -763,7 +797,7 @@ def test_200_megabytes_take_little_time_and_memory(tmp_path):
                 break
         file.write(tail)
     code = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT / 'tools')!r}); import logs; began = time.perf_counter(); log = logs.read_log({str(path)!r}); "
+        f"import sys, time; from tools.logs import read_log; began = time.perf_counter(); log = read_log({str(path)!r}); "
         "spent = time.perf_counter() - began; began = time.perf_counter(); n = sum(1 for line in open(sys.argv[1]) if line.startswith('step:')); "
         "print(len(log.train), n, log.finished, spent, time.perf_counter() - began, open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )
@@ -780,6 +814,10 @@ def test_200_megabytes_take_little_time_and_memory(tmp_path):
 
 
 def test_stages_are_those_of_the_script():
-    import train_gpt
-
     assert set(STAGES) == set(train_gpt.EVALUATORS)
+
+
+def test_make_demo_is_known_by_its_settings():
+    c = train_gpt.load_config({"PRESET": "demo"})
+    shown = {name: train_gpt.shown(getattr(c, name.lower())) for name in DEMO}
+    assert shown == DEMO

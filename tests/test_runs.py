@@ -9,7 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PARITY, ROOT, TINY, process, random_model, read_metrics, t, write_shard
+from conftest import (
+    PARITY,
+    ROOT,
+    TINY,
+    process,
+    random_model,
+    read_metrics,
+    t,
+    timeless,
+    write_shard,
+)
 
 RESULT = re.compile(
     r"final_(artifact|float)_(roundtrip|sliding_window|ttt|ttt_slot|slot|ttt_ctw|ctw) val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8} tokens:\d+ bytes:\d+ "
@@ -122,6 +132,17 @@ def test_a_run_id_is_never_overwritten(finished, tiny):
     ):
         tiny(RUN_ID="one")
     assert before == {p: p.read_bytes() for p in Path("logs").rglob("*") if p.is_file()}
+
+
+def test_a_run_id_may_name_one_folder(tiny):
+    short = dict(EVALS="roundtrip", ITERATIONS="2")
+    first, again = tiny(RUN_ID="slot/a", **short), tiny(RUN_ID="slot/b", **short)
+    assert timeless(first) == timeless(again)
+    assert sorted(p.name for p in Path("logs/slot").iterdir()) == ["a", "a.txt", "b", "b.txt"]
+    assert "\nlog:logs/slot/a.txt\n" in Path("logs/slot/a.txt").read_text()
+    with pytest.raises(t.BadInput, match="RUN_ID=slot/a: exists in logs/"):
+        tiny(RUN_ID="slot/a", **short)
+    tiny(RUN_ID="slot/a", RESUME="1", **short)
 
 
 def test_without_run_id_two_runs_have_names_of_their_own(tiny):

@@ -4,13 +4,14 @@ import dataclasses
 import itertools
 import time
 
-import audit
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, config, process, random_model, read_metrics, t
-from plain import autograd_slot
+
+from tools import audit
+from tools.plain import autograd_slot
 
 MODES = list(
     itertools.product(("shared", "window"), ("0", "1"), ("all", "scored", "context", "past"))

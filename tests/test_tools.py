@@ -1,16 +1,20 @@
-"""tools/audit.py and tools/ablate.py as their users see them."""
+"""The tools as their users see them: examples of their help, audit and ablate, refusals."""
 
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
-import ablate
-import audit
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, process, t
+
+from tools import ablate, audit
+
+TOOLS = ("report", "ablate", "audit", "quantise", "bench")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +24,7 @@ def made(tiny_data, tmp_path_factory):
     env = {
         **TINY,
         **tiny_data,
-        "RUN_ID": "made",
+        "RUN_ID": "my_run",
         "EVALS": "none",
         "EVAL_SEQ_LEN": "16",
         "TTT_CHUNK_TOKENS": "64",
@@ -29,7 +33,7 @@ def made(tiny_data, tmp_path_factory):
     return (
         folder,
         {k: v for k, v in env.items() if k not in ("RUN_ID", "EVALS")},
-        str(folder / "logs/made/final_model.ptz"),
+        str(folder / "logs/my_run/final_model.ptz"),
     )
 
 
@@ -41,13 +45,69 @@ def tool(name, words, env, cwd, ranks=0):
             if ranks
             else []
         ),
-        str(ROOT / "tools" / f"{name}.py"),
+        "-m",
+        f"tools.{name}",
         *words,
     ]
     clean = {k: v for k, v in os.environ.items() if k not in set(t.SETTINGS)}
     return subprocess.run(
         command, env={**clean, **env}, cwd=cwd, capture_output=True, text=True, timeout=300
     )
+
+
+def examples(name):
+    """Commands in a tool's help, those over several lines as one."""
+    page = tool(name, ["--help"], {}, ROOT).stdout.replace("\\\n", " ")
+    return re.findall(rf"^    ((?:[A-Z]+=\w+ )?[\w -=]*-m tools\.{name} .*)$", page, re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOOLS)
+def test_the_examples_of_each_tools_help_run(name, made):
+    """In a folder with the committed logs and a tiny run, whose last step is another than the demo's."""
+    folder, env, _ = made
+    for question in ("demo", "speed"):
+        if not (folder / "logs" / question).exists():
+            shutil.copytree(ROOT / "logs" / question, folder / "logs" / question)
+    (folder / "README.md").write_text(
+        "<!-- demo/seed1337 demo/seed2025 demo/seed42 -->\n<!-- end -->\n"
+    )
+    (folder / "docs").mkdir(exist_ok=True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if name == "ablate":  # presets have a stride of 96
+        env = {**env, "EVAL_SEQ_LEN": "128", "TTT_CHUNK_TOKENS": "128"}
+    if name == "audit":  # of all evaluators one
+        env = {**env, "EVALS": "slot"}
+    commands = examples(name)
+    assert len(commands) >= 2
+    for command in commands:
+        done = subprocess.run(
+            ["bash", "-c", command.replace("000000400", "000000012")],
+            env={**os.environ, **env, "PATH": path, "COMPILE": "0"},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        failed_check = command.endswith("line each")  # the demo's last score is not causal
+        assert done.returncode == failed_check, (command, done.stdout, done.stderr)
+    written = {
+        "report": ("table.csv", "figure.png", "figure.svg", "submission.json"),
+        "ablate": ("logs/my_ablation/ablate.png", "logs/slot/my_sweep.txt"),
+        "audit": (),
+        "quantise": ("logs/my_quantisers/metrics.jsonl",),
+        "bench": ("logs/my_bench.json", "docs/benchmarks.md"),
+    }[name]
+    assert all((folder / file).is_file() for file in written)
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_the_file_of_a_tool_says_how_to_start_it(name):
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / f"{name}.py", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == f"error: the tools are a package: python -m tools.{name} ...\n"
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
@@ -276,6 +336,11 @@ def test_ablate_crosses_rows_with_a_grid_and_redraws(made):
     "words,message",
     [
         ([], "--artifact and at least one row"),
+        (["--redraw"], "logs/bad: has no ablate.csv"),
+        (
+            ["--run-id", "../bad", "--artifact", "ART", "slot"],
+            "RUN_ID=../bad: a name, or FOLDER/NAME",
+        ),
         (["--artifact", "x.ptz", "slot"], "LOAD_ARTIFACT=x.ptz"),
         (["--artifact", "ART", "slott"], "'slott': a row is"),
         (["--artifact", "ART", "slot SLOT_STEPS=0"], "SLOT_STEPS=0"),

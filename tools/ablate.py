@@ -1,8 +1,10 @@
 """Evaluate ONE artifact under several settings, without training, and say which differences are real.
 
-    python tools/ablate.py --artifact logs/ID/final_model.ptz --run-id my_ablation \\
+    python -m tools.ablate --artifact logs/my_run/final_model.ptz --run-id my_ablation \\
         sliding_window pr1084 pr1313 "context=slot SLOT_DELTA=window SLOT_LOSS=context" "ttt TTT_LR=0.004"
-    python tools/ablate.py --artifact ... --run-id my_sweep --grid SLOT_STEPS=1,3,24 --grid SLOT_LR=0.001,0.01 sliding_window slot
+    python -m tools.ablate --artifact logs/my_run/final_model.ptz --run-id slot/my_sweep \\
+        --grid SLOT_STEPS=1,3,24 --grid SLOT_LR=0.001,0.01 sliding_window slot
+    python -m tools.ablate --run-id slot/my_sweep --redraw    # only the figure
 
 A row is an evaluator or a preset (of which the settings of evaluation count: SLOT_*, TTT_*, CTW_*, EVAL_STRIDE), then settings,
 with a name in front if it needs one. Settings for all rows come from the environment. The first row is what the others are
@@ -14,23 +16,26 @@ pass over the model, so 75 SLOT settings cost one sliding evaluation and 75 time
 Writes logs/RUN_ID.txt and in logs/RUN_ID/: metrics.jsonl, ablate.csv, ablate.png. Exit status: 0 done, 2 bad input.
 """
 
+import sys
+
+if not __package__:
+    print("error: the tools are a package: python -m tools.ablate ...", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import csv
 import itertools
 import math
 import os
 import re
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import audit
 import numpy as np
 import torch
 from scipy import stats
 
 import train_gpt as t
+from tools import audit
 
 EVALUATION = ("SLOT_", "TTT_", "CTW_", "EVAL_STRIDE")
 COLOURS = {True: "#2a78b5", False: "#c8553d"}  # causal, not causal; apart for colour-blind eyes too
@@ -300,7 +305,9 @@ def draw(results, folder, title):
 
 
 def read_results(folder):
-    """Results as written to a folder's ablate.csv."""
+    """Results as written to a folder's ablate.csv. Raises BadInput."""
+    if not (folder / "ablate.csv").is_file():
+        raise t.BadInput(f"{folder}: has no ablate.csv.")
     with open(folder / "ablate.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
@@ -316,11 +323,15 @@ def read_results(folder):
 def main(argv=None):
     """Run the rows; 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.ablate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--artifact", help="final_model.ptz to evaluate")
     parser.add_argument(
-        "--run-id", required=True, help="name of the log and folder in logs/, which must be new"
+        "--run-id",
+        required=True,
+        help="NAME or FOLDER/NAME of the log and folder in logs/, which must be new",
     )
     parser.add_argument(
         "--grid",
@@ -339,10 +350,11 @@ def main(argv=None):
         help="evaluators or presets with settings; the first one is compared with",
     )
     args = parser.parse_args(argv)
-    if args.redraw:
-        draw(read_results(Path("logs") / args.run_id), Path("logs") / args.run_id, args.title)
-        return 0
     try:
+        if args.redraw:
+            folder = Path("logs") / args.run_id
+            draw(read_results(folder), folder, args.title)
+            return 0
         env = {**os.environ, "RUN_ID": args.run_id, "RESUME": "0"}
         if not args.artifact or not args.rows:
             raise t.BadInput("--artifact and at least one row are needed; see --help.")

@@ -1,8 +1,8 @@
 """Is an evaluator honest? Conditions C1 to C4 of the challenge (issue #1017), checked from outside and held against its claim.
 
-    python tools/audit.py --artifact logs/ID/final_model.ptz                       all evaluators of the default settings
-    python tools/audit.py --artifact ... --preset pr1313 SLOT_LOSS=context              another system, settings changed
-    torchrun --standalone --nproc_per_node=2 tools/audit.py --artifact ...              the same on two ranks
+    python -m tools.audit --artifact logs/my_run/final_model.ptz                  # all evaluators of the default settings
+    python -m tools.audit --artifact logs/my_run/final_model.ptz --preset pr1313 --sums 0 SLOT_LOSS=context    # another system, settings changed
+    torchrun --standalone --nproc_per_node=2 -m tools.audit --artifact logs/my_run/final_model.ptz --sums 0    # on two ranks
 
 The stream is the beginning of the validation split. Chunks and SLOT's batches are made small enough that it holds several of
 each; --targets is how much of it is used. What is checked:
@@ -18,14 +18,16 @@ each; --targets is how much of it is used. What is checked:
 Exit status: 0 every claim holds, 1 an evaluator breaks other conditions than it says, 2 bad input.
 """
 
+import sys
+
+if not __package__:
+    print("error: the tools are a package: python -m tools.audit ...", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import dataclasses
 import math
 import os
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -262,7 +264,9 @@ def settings_of(words, preset):
 def main(argv=None):
     """Print the table; the exit status says whether all claims hold."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.audit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--artifact", required=True, help="final_model.ptz to evaluate")
     parser.add_argument("--preset", help="settings of a published system")

@@ -1,14 +1,22 @@
 """How fast train_gpt.py is: its parts beside plain PyTorch versions of the same arithmetic, the two in turn in one process.
 
-  PRESET=demo python tools/bench.py            all parts, on what DATA_PATH holds; writes logs/speed/bench_cpu.json, or bench_<GPU>.json
-  python tools/bench.py --parts step sliding   only these
-  python tools/bench.py --lineage DIR          also the settings for which times of #1084's and #1313's own scripts are known
-  python tools/bench.py --render               write BENCHMARKS.md from logs/speed/bench_*.json
+    PRESET=demo python -m tools.bench --parts sliding --rounds 2 --targets 512 --out logs/my_bench.json
+    python -m tools.bench --render    # write docs/benchmarks.md from logs/speed/bench_*.json and logs/gpu/bench_*.json
+
+Without --parts all parts are timed, about fifteen minutes, on what DATA_PATH holds; without --out the figures go to
+logs/speed/bench_cpu.json, or bench_<GPU>.json. --lineage DIR adds the settings for which times of #1084's and #1313's own
+scripts are known.
 
 The baselines are in tools/plain.py; a part counts only if its results are theirs. A ratio is the median over rounds of the baseline's
 seconds over the script's, so that a machine which is busy for a while does not tell. On a CPU the script is timed as it is
 and with COMPILE=1, the baseline as it is; on a GPU both are compiled. Settings are the script's own environment variables.
 """
+
+import sys
+
+if not __package__:
+    print("error: the tools are a package: python -m tools.bench ...", file=sys.stderr)
+    sys.exit(2)
 
 import argparse
 import contextlib
@@ -22,19 +30,17 @@ import platform
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-import plain
 import torch
-from audit import Stream
 
 import train_gpt as t
+from tools import plain
+from tools.audit import Stream
+
+ROOT = Path(__file__).resolve().parents[1]
 
 STEPS = 6  # of training in a turn: kept memory is worth something from the second on
 PEAK = {
@@ -236,7 +242,10 @@ def bench_step(b):
 def child_memory(name):
     """Bytes that the process grows by, at its largest, in three training steps; measured in a process of its own."""
     done = subprocess.run(
-        [sys.executable, __file__, "--memory", name], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "tools.bench", "--memory", name],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return int(done.stdout.split()[-1])
 
@@ -571,12 +580,18 @@ def cells(row):
     return [row["what"], f"{base:.3g}", *more, rate]
 
 
+def evidence(logs):
+    """JSON files of a folder logs/, those of a CPU first."""
+    files = sorted([*logs.glob("speed/bench_*.json"), *logs.glob("gpu/bench_*.json")])
+    return sorted(files, key=lambda path: json.loads(path.read_text())["cuda"])
+
+
 def render(files):
-    """Text of BENCHMARKS.md."""
+    """Text of docs/benchmarks.md."""
     lines = [
         "# Benchmarks",
         "",
-        "Written by `python tools/bench.py --render` from `logs/speed/bench_*.json`; a test regenerates it. Seconds are medians, ratios are medians "
+        "Written by `python -m tools.bench --render` from `bench_*.json` in `logs/speed/` and `logs/gpu/`; a test regenerates it. Seconds are medians, ratios are medians "
         "over rounds of the baseline's seconds over the script's, the two in turn in one process: over 1 is faster. The baselines, in "
         "`tools/plain.py`, are plain PyTorch of the same arithmetic; a part counts only if its results are theirs.",
     ]
@@ -587,7 +602,7 @@ def render(files):
             f"## {found['device']}",
             "",
             f"`{found['command']}`, torch {found['torch']}, Python {found['python']}, attention {found['attention']}, "
-            f"{found['rounds']} rounds, `logs/speed/{path.name}`. Configuration: {found['configuration']}.",
+            f"{found['rounds']} rounds, `logs/{path.parent.name}/{path.name}`. Configuration: {found['configuration']}.",
         ]
         for title, rows in found["parts"].items():
             base = "lineage's" if any("lineage" in row["seconds"] for row in rows) else "baseline's"
@@ -662,7 +677,9 @@ def device_name(run):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--rounds", type=int, default=7, help="of which medians are taken (7)")
@@ -671,13 +688,11 @@ def main():
     parser.add_argument(
         "--out", type=Path, help="JSON file instead of logs/speed/bench_DEVICE.json"
     )
-    parser.add_argument("--render", action="store_true", help="only write BENCHMARKS.md")
+    parser.add_argument("--render", action="store_true", help="only write docs/benchmarks.md")
     parser.add_argument("--memory", choices=("plain", "script"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.render:
-        (ROOT / "BENCHMARKS.md").write_text(
-            render(sorted((ROOT / "logs/speed").glob("bench_*.json")))
-        )
+        Path("docs/benchmarks.md").write_text(render(evidence(Path("logs"))))
         return
     try:
         b = Bench(t.load_config(os.environ), options.rounds, options.targets)
@@ -701,14 +716,15 @@ def main():
             ),
             "command": " ".join(
                 [
-                    "python tools/bench.py",
+                    "python -m tools.bench",
                     *("DIR" if a.startswith(("/", "..")) else a for a in sys.argv[1:]),
                 ]
             ),
             "sha256_of_script": hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest(),
             "parts": {},
         }
-        path = options.out or ROOT / "logs/speed" / f"bench_{short}.json"
+        path = options.out or Path("logs/speed") / f"bench_{short}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         jobs = [(PARTS[name][1], lambda name=name: PARTS[name][0](b)) for name in options.parts]
         if options.lineage:
             jobs.append(

@@ -207,7 +207,7 @@ def waterfall(axes, logs):
 
 
 def draw(logs, path):
-    """Write PATH.png and PATH.svg."""
+    """Write PATH.png and PATH.svg; their names."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -232,3 +232,4 @@ def draw(logs, path):
         path = path.with_suffix("") if path.suffix in (".png", ".svg") else path
         figure.savefig(f"{path}.png", dpi=120)
         figure.savefig(f"{path}.svg", metadata={"Date": None})
+    return [f"{path}.png", f"{path}.svg"]

@@ -94,11 +94,18 @@ class Log:
     errors: list = dataclasses.field(default_factory=list)
     resumed: int = 0
     stopped: bool = False
+    capped: bool = False  # training ended by its time cap, before the last step
     started: set = dataclasses.field(default_factory=set)  # stages that the lineage says it begins
     begun: int = 0  # runs in this file
     last_step: int = 0
     progress: str = ""  # the last line of a pass that is under way
     broken: int = 0  # lines that begin as ours and do not go on so
+
+    @property
+    def name(self):
+        """NAME or FOLDER/NAME, as RUN_ID has it, of a log in logs/; else the file's name without its ending."""
+        *_, above, folder, file = ("", "", *self.path.resolve().with_suffix("").parts)
+        return f"{folder}/{file}" if above == "logs" else file
 
     @property
     def score(self):
@@ -268,10 +275,9 @@ def take(log, line, method):
             milliseconds(found["train_time"]) * SECONDS,
         )
     elif line.startswith("stopping_early"):
-        log.train_seconds, log.steps = (
-            milliseconds(found["train_time"]) * SECONDS,
-            int(found["step"].split("/")[0]),
-        )
+        log.train_seconds = milliseconds(found["train_time"]) * SECONDS
+        log.steps, log.iterations = map(int, found["step"].split("/"))
+        log.capped = True
     elif line.startswith("stopped by"):
         log.stopped = True
     elif line.startswith("Running PyTorch"):

@@ -1,13 +1,13 @@
 """Quantise the weights of ONE checkpoint in several ways and byte budgets, without training, and say what each costs.
 
-    PRESET=demo python tools/quantise.py --checkpoint logs/ID/checkpoint.000000400.ckpt --run-id my_quantisers --bytes 0 --bytes 560000 \\
-        "QUANT=gptq_lite CODER=lzma" QUANT=rd QUANT=gptq "small=QUANT=gptq CALIBRATION_TOKENS=4096"
+    PRESET=demo python -m tools.quantise --checkpoint logs/my_run/checkpoint.000000400.ckpt --run-id my_quantisers --bytes 560000 \\
+        QUANT=rd "small=QUANT=gptq CALIBRATION_TOKENS=4096"
 
 A row is settings, with NAME= in front if it needs a name: QUANT, CODER and CALIBRATION_TOKENS. Settings of the model and of
 the data come from the environment, as trained. --bytes is the artifact's size without code, 0 the finest steps there are; each is tried with
 each row. --average takes ema or swa instead of the last weights.
 
-    python tools/quantise.py --table logs/my_quantisers        # the same as a table in Markdown
+    python -m tools.quantise --table logs/my_quantisers    # the same as a table in Markdown
 
 A line says the bytes, those of the levels with the entropy of their distributions, val_loss less that of the weights themselves
 (the damage) with its standard error over sequences, seconds to calibrate, to quantise and to load. The validation split is only scored.
@@ -15,16 +15,18 @@ A line says the bytes, those of the levels with the entropy of their distributio
 Writes logs/RUN_ID.txt and logs/RUN_ID/metrics.jsonl. Exit status: 0 done, 2 bad input.
 """
 
+import sys
+
+if not __package__:
+    print("error: the tools are a package: python -m tools.quantise ...", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from time import perf_counter
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 
 import train_gpt as t
 
@@ -108,13 +110,17 @@ def table(folder):
 def main(argv=None):
     """Run the rows; 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.quantise",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--table", metavar="FOLDER", help="only print what was written there before"
     )
     parser.add_argument("--checkpoint", help="checkpoint.STEP.ckpt of a run")
-    parser.add_argument("--run-id", help="name of the log and folder in logs/, which must be new")
+    parser.add_argument(
+        "--run-id", help="NAME or FOLDER/NAME of the log and folder in logs/, which must be new"
+    )
     parser.add_argument(
         "--average", choices=("ema", "swa"), help="quantise this average of the checkpoint"
     )

@@ -1,0 +1,10 @@
+"""Tools around train_gpt.py, started in its folder as `python -m tools.NAME`; each has --help with examples.
+
+    report      seed logs: tables, significance, checks, submission.json, figures, a run that is running
+    ablate      one artifact under several evaluations, with intervals
+    audit       is an evaluator what it says? conditions C1 to C4, checked from outside
+    quantise    one checkpoint through several quantisers and byte budgets
+    bench       how fast the script is, beside the plain PyTorch versions in plain
+
+report's parts: logs reads them; tables, significance, checks, submission, follow and figures say what is in them.
+"""
