@@ -68,6 +68,15 @@ def test_settings_page_is_what_the_script_says():
         assert page.count(f"\n| `{name}` |") == 1, name
 
 
+def test_settings_page_is_written_by_its_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(settings_page, "ROOT", tmp_path)
+    monkeypatch.setattr(settings_page, "PAGE", tmp_path / "settings.md")
+    monkeypatch.setattr("sys.argv", ["settings_page"])
+    settings_page.main()
+    assert (tmp_path / "settings.md").read_text() == PAGES["docs/settings.md"]
+    assert capsys.readouterr().out == "settings.md: written\n"
+
+
 def test_the_demos_logs_are_whole_and_of_a_cpu():
     for prefix in ("seed", "best_seed"):
         for log in blocks.seed_logs(prefix):
