@@ -1,0 +1,348 @@
+"""The generated blocks of README.md, LOG.md and docs/: tables whose numbers come from committed logs.
+
+    python -m tools.blocks            list the blocks that are not what logs/ says; exit status 1
+    python -m tools.blocks --write    write them anew, after new evidence was committed
+
+A block stands between <!-- block NAME --> and <!-- end -->. Tests compare all of them.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from scipy import stats
+
+import train_gpt as t
+from tools import ablate, quantise, tables
+from tools.logs import read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+LOGS = ROOT / "logs"
+SEEDS = (1337, 42, 2025)
+BLOCK = re.compile(r"(<!-- block ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.S)
+
+# Rows of README's table: what is said, the logs' names before the seed, and the evaluator.
+SCORES = (
+    ("roundtrip: windows side by side", "seed", "roundtrip"),
+    ("sliding windows, stride 64", "seed", "sliding_window"),
+    ("score-first TTT", "seed", "ttt"),
+    ("score-first TTT with SLOT, as #1084", "seed", "ttt_slot"),
+    ("score-first TTT, `PRESET=demo,best_demo`", "best_seed", "ttt"),
+)
+# Rows of the table of SLOT's gain: what delta is fitted to, and the name in the logs.
+FITTED = (
+    ("all targets", "all"),
+    ("context, a delta for 32 windows", "context-in-batch"),
+    ("context, a delta a window", "context-per-window"),
+    ("what was scored, carried on", "past"),
+    ("scored targets", "scored"),
+    ("scored targets, with a bias", "scored+bias"),
+)
+FITS = ((3, "0.001"), (24, "0.003"), (24, "0.012"))  # steps and rates shown of it
+SPLITS = ("slot/split_demo", "slot/split_6x192")  # the demo's model, and one for FineWeb
+TRAINING_ROWS = (
+    ("nothing", "default"),
+    ("XSA in all layers", "xsa"),
+    ("QK gain 4", "qk_gain"),
+    ("layers 1 and 2 twice from step 100", "recurrence"),
+    ("parallel residuals in 2 layers", "parallel"),
+    ("Polar Express", "polar"),
+    ("MuonEq-R", "row_norm"),
+    ("weight decay 0.085", "weight_decay"),
+    ("floor under the rates, 0.05", "min_lr"),
+    ("coprime strides", "coprime"),
+)
+# The lineage's own scores of its artifacts, nats a token, each target once; and our logs of them.
+EQUALITY = (
+    ("a: 4 layers of 128", "roundtrip", 5.35985327, "a", "roundtrip"),
+    ("", "sliding, stride 64", 5.34953855, "a", "sliding_window"),
+    ("", "score-first TTT", 5.03121241, "a", "ttt"),
+    ("", "TTT + SLOT, 3 steps, 0.001", 5.02961052, "a", "ttt_slot"),
+    ("", "TTT + SLOT, 5 steps, 0.003", 5.02339108, "a_slot5", "ttt_slot"),
+    ("c: 2 layers of 512", "roundtrip", 4.89638162, "c", "roundtrip"),
+    ("", "sliding, stride 64", 4.89579467, "c", "sliding_window"),
+    ("", "score-first TTT", 4.88200379, "c", "ttt"),
+    ("", "TTT + SLOT, 3 steps, 0.001", 4.87995638, "c", "ttt_slot"),
+    ("", "TTT + SLOT, 5 steps, 0.003", 4.87228217, "c_slot5", "ttt_slot"),
+    ("b1313: 4 layers of 128", "roundtrip", 5.78774416, "b1313", "roundtrip"),
+    ("", "sliding, stride 64", 5.78530599, "b1313", "sliding_window"),
+    ("", "SLOT-24 with a bias, cosine to its end", 5.47026901, "b1313", "slot"),
+)
+STEP_MS = 84  # of #1084's authors on 8 H100
+
+
+def metrics(name: str) -> dict[str, dict]:
+    """Figures of a committed run by label."""
+    found: dict[str, dict] = {}
+    for line in (LOGS / name / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found.setdefault(row.pop("label"), {}).update(row)
+    return found
+
+
+def table(head: str, rows: list[list[str]], numbers: int = 0) -> list[str]:
+    """Lines of a Markdown table; the last `numbers` columns are aligned to the right."""
+    columns = head.count("|") + 1
+    rule = ["---"] * (columns - numbers) + ["---:"] * numbers
+    lines = [f"| {head} |", f"|{'|'.join(rule)}|"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def seed_logs(prefix: str) -> list:
+    """Logs of the demo's three seeds; prefix: seed or best_seed."""
+    return [read_log(LOGS / "demo" / f"{prefix}{seed}.txt") for seed in SEEDS]
+
+
+def interval(row: dict) -> str:
+    """A difference with its 95 % interval."""
+    return f"{row['diff']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
+
+
+def ablation(name: str) -> dict[str, dict]:
+    """Rows of a run of tools.ablate by name."""
+    return {row["row"]: row for row in ablate.read_results(LOGS / name)}
+
+
+def best(name: str, base: str) -> dict:
+    """Of an ablation's rows with this base, the one of the lowest score."""
+    rows = [row for row in ablation(name).values() if row["base"] == base]
+    return min(rows, key=lambda row: row["diff"])
+
+
+def settings_of(row: dict) -> str:
+    """Steps and rate of a row of the SLOT sweep."""
+    steps, rate = row["grid"]["SLOT_STEPS"], row["grid"]["SLOT_LR"]
+    return f"{steps} step{'' if steps == '1' else 's'}, {rate}"
+
+
+def score_lines() -> list[str]:
+    """README's table of the demo."""
+    rows = []
+    for what, prefix, stage in SCORES:
+        results = [log.results[stage] for log in seed_logs(prefix)]
+        scores = [result.val_bpb for result in results]
+        (breaks,) = {result.breaks for result in results}
+        causal = f"no (breaks {breaks.replace(',', ', ')})" if breaks else "yes"
+        mean, deviation = statistics.mean(scores), statistics.stdev(scores)
+        logs = f"`logs/demo/{prefix}*`"
+        rows.append([what, f"{mean:.4f}", f"{deviation:.4f}", causal, logs])
+    return table("evaluator | val_bpb, mean of 3 seeds | std | causal | logs", rows)
+
+
+def seed_lines() -> list[str]:
+    """All figures of the demo, seed by seed, as tools.report writes them."""
+    logs = seed_logs("seed")
+    return [*tables.markdown(tables.table(logs)), "", *tables.notes(logs)]
+
+
+def training_lines() -> list[str]:
+    """Ablations of training, a row each."""
+    rows = []
+    base = metrics("ablations/default")["final_float_roundtrip"]["val_bpb"]
+    for what, name in TRAINING_ROWS:
+        found = metrics(f"ablations/{name}")
+        score = found["final_float_roundtrip"]["val_bpb"]
+        steps = found["training"]["steps"]
+        cells = [what, f"`ablations/{name}`", str(steps), f"{score:.4f}", f"{score - base:+.4f}"]
+        rows.append(cells)
+    return table("changed | log | steps in 60 s | val_bpb | difference", rows, numbers=3)
+
+
+def best_lines() -> list[str]:
+    """PRESET=demo,best_demo against PRESET=demo."""
+    rows, scores = [], {}
+    for preset, prefix in (("demo", "seed"), ("demo,best_demo", "best_seed")):
+        scores[prefix] = [log.results["ttt"].val_bpb for log in seed_logs(prefix)]
+        times = [metrics(f"demo/{prefix}{seed}")["training"]["train_time"] for seed in SEEDS]
+        seconds = statistics.mean(times) / 1000
+        mean, deviation = statistics.mean(scores[prefix]), statistics.stdev(scores[prefix])
+        row = [f"`PRESET={preset}`", f"{seconds:.0f} s", f"{mean:.4f}", f"{deviation:.4f}"]
+        rows.append(row)
+    new, old = scores["best_seed"], scores["seed"]
+    p = stats.ttest_ind(new, old, equal_var=False, alternative="less").pvalue
+    difference = statistics.mean(new) - statistics.mean(old)
+    rows.append(["difference (Welch, one-sided)", "", f"{difference:+.4f}", f"p = {p:.3f}"])
+    return table("preset | training | TTT, val_bpb, mean of 3 seeds | std", rows, numbers=3)
+
+
+def finding_lines() -> list[str]:
+    """What the sweep of SLOT's settings says, in figures."""
+    rows: list[list[str]] = [[] for _ in range(5)]
+    rows[0].append("a shared delta fitted to context keeps, of the gain of fitting to all targets")
+    rows[1].append("a delta a window, fitted to context, keeps of it at 3 steps, 0.001")
+    rows[2].append("the best of a delta a window, fitted to context (causal)")
+    rows[3].append("the best of a delta carried on (causal)")
+    rows[4].append("#1313's fit: scored targets, a bias, 24 steps, 0.012")
+    for name in SPLITS:
+        found = ablation(name)
+        shares = [
+            row["diff"] / found[row["row"].replace("context-in-batch", "all")]["diff"]
+            for row in found.values()
+            if row["base"] == "context-in-batch"
+        ]
+        usual = " SLOT_STEPS=3 SLOT_LR=0.001"
+        kept = found[f"context-per-window{usual}"]["diff"] / found[f"all{usual}"]["diff"]
+        rows[0].append(f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %")
+        rows[1].append(f"{100 * kept:.0f} %")
+        for line, base in ((rows[2], "context-per-window"), (rows[3], "past")):
+            row = best(name, base)
+            line.append(f"{row['diff']:+.4f} ({settings_of(row)})")
+        gross = found["scored+bias SLOT_STEPS=24 SLOT_LR=0.012"]["diff"]
+        rows[4].append(f"{gross:+.4f}")
+    return table("| demo | FineWeb", rows, numbers=2)
+
+
+def gain_lines() -> list[str]:
+    """SLOT's gain over sliding by what delta is fitted to, steps and rate."""
+    found, rows = [ablation(name) for name in SPLITS], []
+    for steps, rate in FITS:
+        for what, name in FITTED:
+            both = [split[f"{name} SLOT_STEPS={steps} SLOT_LR={rate}"] for split in found]
+            causal = "yes" if both[0]["causal"] else "no"
+            rows.append([what, f"{steps}, {rate}", *map(interval, both), causal])
+    return table("fitted to | steps, rate | demo | FineWeb | causal", rows)
+
+
+def honest_lines() -> list[str]:
+    """What causal methods gain over sliding, as far as it is measured."""
+    logs = seed_logs("seed")
+    gains = [log.results["ttt"].val_bpb - log.results["sliding_window"].val_bpb for log in logs]
+    rows = [["score-first TTT, mean of 3 seeds", f"{statistics.mean(gains):+.4f}", "not measured"]]
+    for what, base in (
+        ("SLOT fitted to context, a delta a window, best of 15", "context-per-window"),
+        ("SLOT carried on, a delta without a bias, best of 15", "past"),
+    ):
+        rows.append([what, *(interval(best(name, base)) for name in SPLITS)])
+    ctw = [best(name, "ctw") for name in ("slot/ctw_demo", "slot/ctw_6x192")]
+    rows.append(["CTW mixed in, best of 8", *map(interval, ctw)])
+    return table("method | demo | FineWeb", rows)
+
+
+def ctw_lines() -> list[str]:
+    """CTW at three weights."""
+    found = [ablation(name) for name in ("slot/ctw_demo", "slot/ctw_6x192")]
+    rows = []
+    for weight in ("0.02", "0.1", "0.3"):
+        names = f"ctw CTW_WEIGHT={weight} CTW_ENTROPY_THRESHOLD=2"
+        rows.append([weight, *(interval(split[names]) for split in found)])
+    return table("CTW_WEIGHT | demo | FineWeb", rows)
+
+
+def quantiser_lines() -> list[str]:
+    """Quantisers on one checkpoint, as tools.quantise writes them."""
+    return quantise.table(LOGS / "quantisers" / "q1")
+
+
+def landing_lines() -> list[str]:
+    """How near three seeds of 11 x 512 come to the cap."""
+    rows = []
+    for seed in SEEDS:
+        found = metrics(f"quantisers/full_seed{seed}")
+        size, steps = found["artifact"]["total_bytes"], found["training"]["steps"]
+        rows.append([str(seed), str(steps), f"{size:,}", f"{16_000_000 - size:,}"])
+    head = "seed | trained for, steps | artifact + code, bytes | left under 16,000,000"
+    return table(head, rows, numbers=3)
+
+
+def qat_lines() -> list[str]:
+    """Late QAT: val_loss before and after quantising, and what it loses."""
+    rows = []
+    for what, log in (("without", "quantisers/qat_0"), ("with", "quantisers/qat_1")):
+        before, after = (
+            metrics(log)[f"final_{kind}_roundtrip"]["val_loss"] for kind in ("float", "artifact")
+        )
+        rows.append([what, f"`{log}`", f"{before:.4f}", f"{after:.4f}", f"{after - before:.4f}"])
+    return table("late QAT | log | float | artifact | lost", rows, numbers=3)
+
+
+def equality_lines() -> list[str]:
+    """The lineage's artifacts, scored by its scripts and by this one."""
+    rows = []
+    for artifact, what, theirs, log, label in EQUALITY:
+        ours = read_log(LOGS / "equality" / f"{log}.txt").results[label].val_loss
+        rows.append([artifact, what, f"{theirs:.8f}", f"{ours:.8f}", f"`equality/{log}`"])
+    return table("artifact | evaluator | lineage's script | this script | log", rows)
+
+
+def traffic_lines() -> list[str]:
+    """What a rank sends in a step: banks padded to whole matrices a rank, and the rest."""
+    with torch.device("meta"):
+        params = dict(t.GPT(t.load_config({})).named_parameters())
+    small = 1 + sum(p.numel() for name, p in params.items() if name not in t.BANKS)  # 1: the loss
+    rows = []
+    for ranks in (2, 8, 16, 32, 64):
+        padded = sum(
+            -(-len(p) // ranks) * ranks * p[0].numel()
+            for name, p in params.items()
+            if name in t.BANKS
+        )
+        ring = (ranks - 1) / ranks
+        scatter, gather, reduce = 4 * padded * ring, 2 * padded * ring, 8 * small * ring
+        rows.append(
+            [
+                str(ranks),
+                f"{scatter / 1e6:.0f} MB",
+                f"{gather / 1e6:.0f} MB",
+                f"{reduce / 1e6:.1f} MB",
+                f"{(scatter + gather + reduce) / 50e6:.1f}",
+                f"{8 * STEP_MS / ranks:.1f}",
+            ]
+        )
+    head = "ranks | reduce-scatter | all-gather | all-reduce | ms at 50 GB/s a rank"
+    return table(f"{head} | ms of computing", rows)
+
+
+MAKERS: dict[str, Callable[[], list[str]]] = {
+    "scores": score_lines,
+    "seeds": seed_lines,
+    "training": training_lines,
+    "best": best_lines,
+    "findings": finding_lines,
+    "gains": gain_lines,
+    "honest": honest_lines,
+    "ctw": ctw_lines,
+    "quantisers": quantiser_lines,
+    "landing": landing_lines,
+    "qat": qat_lines,
+    "equality": equality_lines,
+    "traffic": traffic_lines,
+}
+
+
+def pages() -> list[Path]:
+    """Markdown files that may have blocks."""
+    return [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def rendered(text: str) -> str:
+    """A page's text with its blocks made anew."""
+    return BLOCK.sub(lambda m: m[1] + "\n".join(MAKERS[m[2]]()) + "\n" + m[4], text)
+
+
+def main() -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="write the blocks anew")
+    write = parser.parse_args().write
+    stale = 0
+    for path in pages():
+        old = path.read_text()
+        new = rendered(old)
+        if new == old:
+            continue
+        stale += 1
+        print(f"{path.relative_to(ROOT)}: {'written' if write else 'not what logs/ says'}")
+        if write:
+            path.write_text(new)
+    return int(bool(stale and not write))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
