@@ -137,6 +137,9 @@ class Config:
     seed: int = setting(1337, "Seed of initial weights and data order.", high=2**31 - 1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one.")
     compile: Literal["auto", "0", "1"] = setting("auto", "torch.compile; auto: on a GPU.")
+    dtype: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", "Of products and hidden states; auto: bf16 on a GPU, fp32 on a CPU."
+    )
     attention: Literal["auto", "fa3", "fa4", "sdpa"] = setting(
         "auto", "FlashAttention-3, -4 or torch's SDPA; auto: the first there is."
     )
@@ -1036,14 +1039,15 @@ class Ranks:
         self.cuda = c.device != "cpu" and torch.cuda.is_available()
         if c.device == "cuda" and not self.cuda:
             raise BadInput("DEVICE=cuda: torch sees no GPU; allowed here: cpu or auto.")
+        bf16 = c.dtype == "bf16" or (c.dtype == "auto" and self.cuda)
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.compile = c.compile == "1" or (c.compile == "auto" and self.cuda)
         if self.cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            self.dtype = torch.bfloat16
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
+            torch.set_float32_matmul_precision("highest" if c.dtype == "fp32" else "high")
         else:
-            self.device, self.dtype = torch.device("cpu"), torch.float32
+            self.device = torch.device("cpu")
             keep_freed_memory()
             if self.local_world > 1:  # torchrun gives each process one thread
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world))
@@ -1712,6 +1716,11 @@ def matrix_names(name: str, num_layers: int) -> list[str]:
     if name not in BANKS:
         return [name]
     return [f"blocks.{i}.{part}.weight" for part in BANKS[name] for i in range(num_layers)]
+
+
+def export_kind(c: Config, name: str) -> str:
+    """What PARAMETER_RULES store a parameter as; a bank's matrices are all of a kind."""
+    return parameter_rule(matrix_names(name, c.num_layers)[0]).export
 
 
 def split_banks(state: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
@@ -2541,9 +2550,9 @@ def nearest_levels(w: Tensor, distance: Tensor, largest: int) -> Tensor:
 
 
 def spacing(rows: Tensor, columns: Tensor, step_size: float) -> Tensor:
-    """Distances [rows,columns] between levels, from what an artifact stores of a matrix."""
+    """Distances [...,rows,columns] between levels, from what is stored of one matrix or several."""
     by_row = rows.float() if rows.dtype == torch.half else step_size * torch.exp2(rows / 4)
-    return by_row[:, None] * torch.exp2(columns / 4)
+    return by_row[..., None] * torch.exp2(columns / 4)[..., None, :]
 
 
 def spreads(levels: Tensor) -> Tensor:
@@ -2649,13 +2658,16 @@ class QuantisedMatrix(NamedTuple):
 
 
 class Quantizer:
-    """What an export makes of a state. Subclasses choose the steps of rows and columns."""
+    """What an export makes of a state. Subclasses choose the steps of rows and columns.
 
-    def __init__(self, c: Config, state: Mapping[str, Tensor]) -> None:
+    With whole=True banks are not cut into matrices: for nearest() alone, in few operations.
+    """
+
+    def __init__(self, c: Config, state: Mapping[str, Tensor], whole: bool = False) -> None:
         self.c = c
-        split = split_banks(state, c.num_layers)
+        split = state if whole else split_banks(state, c.num_layers)
         self.state = {name: t.detach().float() for name, t in split.items()}
-        self.kinds = {n: self.level_kind(c, parameter_rule(n).export) for n in self.state}
+        self.kinds = {n: self.level_kind(c, export_kind(c, n)) for n in self.state}
         self.names = [name for name in self.state if self.kinds[name] in LEVELS]
 
     @staticmethod
@@ -2687,9 +2699,9 @@ class Quantizer:
     def nearest(
         self, name: str, step_size: float, every: int = 1
     ) -> tuple[QuantisedMatrix, Tensor]:
-        """(every so many rows of a matrix in the nearest levels, distances [rows,columns])."""
+        """(every so many rows in the nearest levels, distances [...,rows,columns])."""
         rows, columns = self.step_codes(name, step_size)
-        rows, w = rows[::every], self.state[name][::every]
+        rows, w = rows[..., ::every], self.state[name][..., ::every, :]
         distance = spacing(rows, columns, step_size)
         levels = nearest_levels(w, distance, self.largest_level(name))
         return QuantisedMatrix(rows, columns, levels), distance
@@ -2818,10 +2830,10 @@ class Quantizer:
 class GptqLite(Quantizer):
     """#549's: int6 or int8 levels, a scale a row, which the step size widens where it is larger."""
 
-    def __init__(self, c: Config, state: Mapping[str, Tensor]) -> None:
-        super().__init__(c, state)
+    def __init__(self, c: Config, state: Mapping[str, Tensor], whole: bool = False) -> None:
+        super().__init__(c, state, whole)
         self.scales = {
-            name: row_scales(self.state[name], self.largest_level(name))[:, 0]
+            name: row_scales(self.state[name], self.largest_level(name))[..., 0]
             for name in self.names
         }
 
@@ -2833,7 +2845,7 @@ class GptqLite(Quantizer):
     def step_codes(self, name: str, step_size: float) -> tuple[Tensor, Tensor]:
         """Scales of rows, fp16; the step size binds int6 only. Columns are all the same."""
         floor = step_size if self.kinds[name] == "int6" else 0
-        columns = torch.zeros_like(self.state[name][0], dtype=torch.int8)
+        columns = torch.zeros_like(self.state[name][..., 0, :], dtype=torch.int8)
         return self.scales[name].clamp_min(floor).half(), columns
 
 
@@ -2847,10 +2859,12 @@ class RateDistortion(Quantizer):
     own bits, so no row is clipped to keep levels few.
     """
 
-    def __init__(self, c: Config, state: Mapping[str, Tensor], calibration: Calibration) -> None:
-        super().__init__(c, state)
+    def __init__(
+        self, c: Config, state: Mapping[str, Tensor], calibration: Calibration, whole: bool = False
+    ) -> None:
+        super().__init__(c, state, whole)
         self.grid = {
-            name: exponents.split(self.state[name].shape)
+            name: exponents.split(self.state[name].shape[-2:], -1)
             for name, exponents in calibration.grid.items()
         }
         # The least step of a row at which its largest weight still rounds to the largest level.
@@ -2858,7 +2872,8 @@ class RateDistortion(Quantizer):
         # 47, stored exponents stay within int8. Under the finest step size these bind in every row.
         least = {}
         for name, (_, columns) in self.grid.items():
-            largest = (self.state[name].abs() * torch.exp2(-columns / 4)).amax(1)
+            size = self.state[name].abs() * torch.exp2(-columns / 4)[..., None, :]
+            largest = size.amax(-1)
             least[name] = largest / (self.largest_level(name) + 0.5)
         floor = 2.0**-20 * torch.stack([t.max() for t in least.values()]).max() + 1e-20
         self.least = {name: t.maximum(floor) for name, t in least.items()}
@@ -2931,14 +2946,14 @@ class Gptq(RateDistortion):
 
 
 def make_quantizer(
-    c: Config, state: Mapping[str, Tensor], calibration: Calibration | None
+    c: Config, state: Mapping[str, Tensor], calibration: Calibration | None, whole: bool = False
 ) -> Quantizer:
     """GPTQ-lite without a calibration, GPTQ with one that has Hessians, else rate-distortion."""
     if calibration is None:
-        return GptqLite(c, state)
+        return GptqLite(c, state, whole)
     if calibration.hessians:
         return Gptq(c, state, calibration)
-    return RateDistortion(c, state, calibration)
+    return RateDistortion(c, state, calibration, whole)
 
 
 def bytes_for_weights(c: Config) -> int:
@@ -3695,7 +3710,8 @@ class ChunkTrainer:
     def prime(self, tokens: Tensor) -> None:
         """Compile what step() will call, on the first tokens; nothing is changed."""
         T = self.c.eval_seq_len
-        mine = len(range(self.ranks.rank, self.c.ttt_batch_seqs, self.ranks.world))
+        size = min(self.c.ttt_batch_seqs, math.ceil(self.c.ttt_chunk_tokens / T))
+        mine = len(range(self.ranks.rank, size, self.ranks.world))
         rows = tokens[self.ranks.put(np.zeros((max(1, mine), 1), int) + np.arange(T + 1))]
         n = micro_batches(self.ranks, len(rows), T)
         ids, goal = (part.chunk(n)[0] for part in (rows[:, :-1], rows[:, 1:]))
@@ -4098,15 +4114,15 @@ class LateQat:
     def __init__(self, c: Config, model: GPT) -> None:
         self.c, self.model = c, model
         self.step_size = 0.0  # 0: off
-        self.grid: dict[str, Tensor] = {}  # Calibration's; GPTQ-lite has none
+        params = dict(model.named_parameters())
+        self.params = {n: p for n, p in params.items() if export_kind(c, n) in LEVELS}
+        # Calibration's grid, of a bank as a whole; GPTQ-lite has none
+        self.bank_grid: dict[str, Tensor] = {}
         if c.late_qat and c.quant != "gptq_lite":
-            for name, w in self.matrices().items():
-                self.grid[name] = torch.zeros(sum(w.shape), dtype=torch.int8, device=w.device)
-
-    def matrices(self) -> dict[str, Tensor]:
-        """The model's tensors that are quantised, as views, by name."""
-        params = split_banks(dict(self.model.named_parameters()), self.c.num_layers)
-        return {name: w for name, w in params.items() if parameter_rule(name).export in LEVELS}
+            for name, p in self.params.items():
+                shape = *p.shape[:-2], sum(p.shape[-2:])
+                self.bank_grid[name] = torch.zeros(shape, dtype=torch.int8, device=p.device)
+        self.grid = split_banks(self.bank_grid, c.num_layers)  # views, by matrix
 
     def start(self, ranks: Ranks, data: TrainData) -> None:
         """Fix the grid that the export would take now."""
@@ -4128,18 +4144,18 @@ class LateQat:
         if not self.step_size:
             yield
             return
-        with put_back(self.model.parameters()):
+        with put_back(self.params.values()):
             self.round_weights()
             yield
 
     @torch.no_grad()
     def round_weights(self) -> None:
         """Round the weights as the export would with this grid, outgrown rows included."""
-        params = dict(self.model.named_parameters())
-        quantizer = make_quantizer(self.c, params, self.calibration())
-        for name, w in self.matrices().items():
-            matrix, distance = quantizer.nearest(name, self.step_size)
-            w.copy_(matrix.levels.mul_(distance))
+        calibration = Calibration(self.bank_grid, {}) if self.bank_grid else None
+        quantizer = make_quantizer(self.c, self.params, calibration, whole=True)
+        for name, p in self.params.items():
+            matrices, distance = quantizer.nearest(name, self.step_size)
+            p.copy_(matrices.levels.mul_(distance))
 
 
 # ==================================================================================================
@@ -4207,6 +4223,8 @@ def rehearse_end(c: Config, ranks: Ranks, model: GPT, data: TrainData) -> float:
     state = TrainingState(c, ranks, model)
     state.averages.steps = c.lawa_freq  # so that each average has a snapshot
     state.averages.snapshots = 1
+    if c.late_qat and c.min_lr < c.late_qat_threshold:
+        state.qat.start(ranks, data)  # by then its grid is there
     start = ranks.moment()
     calibration = calibration_for_export(c, ranks, model, data, state.qat)
     found = state.averages.candidates()

@@ -42,7 +42,12 @@ def test_training_follows_the_cpu(name, tiny):
 
 def test_every_evaluator_scores_an_artifact_as_the_cpu_does(tiny):
     tiny(RUN_ID="made", EVALS="roundtrip")
-    path = dict(LOAD_ARTIFACT="logs/made/final_model.ptz", EVALS=CAUSAL, TTT_FREEZE_BLOCKS="2")
+    path = dict(
+        LOAD_ARTIFACT="logs/made/final_model.ptz",
+        EVALS=CAUSAL,
+        TTT_FREEZE_BLOCKS="2",
+        CTW_WEIGHT="0.1",
+    )
     cpu, gpu = tiny(**path), tiny(**path, **GPU)
     labels = [label for label in cpu if label.startswith("final_")]
     assert len(labels) == 6
