@@ -2,10 +2,11 @@ PYTHON ?= python3
 RUN_ID := $(or $(RUN_ID),demo_$(shell date +%Y%m%d_%H%M%S))
 TRAIN_SHARDS ?= 80
 BENCH_PRESET ?= demo
+GPU_NAME ?= $(shell date +%Y%m%d)
 BIN = .venv/bin
 QUICK = tests/test_structure.py tests/test_packing.py tests/test_settings.py tests/test_matrix.py
 
-.PHONY: help demo demo-data fineweb check test soak bench clean
+.PHONY: help demo demo-data fineweb check test soak bench gpu clean
 
 help:  ## Show this list.
 	@echo 'make PYTHON=python3.12 TARGET takes another Python (3.11 or newer) for .venv, which is made when it is needed.'
@@ -54,6 +55,9 @@ soak: .venv/installed  ## Kill runs 200 times at random moments and compare with
 bench: demo-data  ## Time the script beside plain PyTorch and write docs/benchmarks.md: about fifteen minutes. BENCH_PRESET=pr1084 on a GPU.
 	PRESET=$(BENCH_PRESET) $(BIN)/python -m tools.bench
 	$(BIN)/python -m tools.bench --render
+
+gpu: .venv/installed  ## Measure all that there is to measure on one GPU, on what DATA_PATH holds: 25 minutes at most. Begun again, it goes on.
+	$(BIN)/python -m tools.gpu --name $(GPU_NAME)
 
 clean:  ## Remove .venv, caches and the demo's data; logs stay.
 	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model

@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, process, t
 
 from tools import ablate, audit
 
-TOOLS = ("report", "ablate", "audit", "quantise", "bench")
+TOOLS = ("report", "ablate", "audit", "quantise", "bench", "gpu")
 
 
 @pytest.fixture(scope="module")
