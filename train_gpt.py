@@ -2132,10 +2132,6 @@ def compile_model(model: GPT) -> None:
     home = os.path.expanduser("~")
     if os.access(home, os.W_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{home}/.cache/train_gpt")
-    if next(model.parameters()).is_cuda:
-        # Fuses so much into the backward of norms that registers spill: 6 of 84 ms of this model's
-        # step on 8 H100 (parameter-golf #1420, pytorch #179423).
-        os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
     for name in ("hidden", "forward"):
         setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
 
@@ -2385,7 +2381,8 @@ class Clock:
     others know it lag steps later. It is carried on to step s at the mean time of a step so far.
 
     The first steps are waited for. There an error of a few steps would be a large part of the time
-    that has passed, and would start what depends on the rates (late QAT, for good) by a guess.
+    that has passed, and would start what depends on the rates (late QAT, for good) by a guess. So
+    are those after something that took much longer than a step: see wait_again().
     """
 
     WAITED = 5  # steps; as many as can be known late, and one
@@ -2395,7 +2392,7 @@ class Clock:
     ) -> None:
         """step_ms: what a step is thought to take, until it is measured."""
         self.ranks, self.cap_ms, self.poll = ranks, cap_ms, Poll(ranks)
-        self.begin = step
+        self.waited_to = step + self.WAITED
         self.agreed_at = (step, ms)  # what all ranks know
         self.own = (step, ms)  # what this rank knows
         self.step_ms = ms / step if step else step_ms
@@ -2418,7 +2415,7 @@ class Clock:
 
     def agreed(self, step: int, first_bad: Tensor) -> tuple[float, bool, bool]:
         """(training time in ms before this step, whether to stop, whether a bad loss is known)."""
-        wait = step - self.begin < self.WAITED
+        wait = step < self.waited_to
         self.unread.append((step, self.anchor, self.ranks.moment()))
         while len(self.unread) > (0 if wait else self.poll.lag):
             at, anchor, moment = self.unread.popleft()
@@ -2432,6 +2429,10 @@ class Clock:
         if at > 0:
             self.step_ms = ms / at
         return ms + (step - at) * self.step_ms, stops > 0, bad <= step
+
+    def wait_again(self, step: int) -> None:
+        """Wait for the time of the next step: before it came something that no mean time covers."""
+        self.waited_to = max(self.waited_to, step + 2)
 
     def leave_out(self, since_ms: float) -> None:
         """Take what was done since now() gave since_ms out of the training time."""
@@ -4196,12 +4197,16 @@ def train_step(
     return total, norm
 
 
-def prime(c: Config, run: Run, model: GPT, data: TrainData) -> tuple[float, float]:
-    """Compile, and measure, before the clock starts; nothing remains of it.
+class Rehearsal(NamedTuple):
+    """What parts of training take, in ms, rank 0's; 0: not known."""
 
-    Returns what the quickest of WARMUP_STEPS steps took and what comes after the last step will
-    take, in ms, rank 0's.
-    """
+    step: float = 0.0  # a usual step
+    qat_start: float = 0.0  # fixing late QAT's grid
+    end: float = 0.0  # what comes after the last step
+
+
+def prime(c: Config, run: Run, model: GPT, data: TrainData) -> Rehearsal:
+    """Compile, and measure, before the clock starts; nothing remains of it."""
     ranks = run.ranks
     optimizer = Optimizer(c, ranks, model)
     feed = data.batches()
@@ -4212,29 +4217,32 @@ def prime(c: Config, run: Run, model: GPT, data: TrainData) -> tuple[float, floa
             start = ranks.moment()
             train_step(c, ranks, model, optimizer, next(feed), step=step, lr_factor=1.0)
             taken.append(ranks.ms_between(start, ranks.moment()))
-        end = min(rehearse_end(c, ranks, model, data) for _ in range(2))  # the first one warms up
-    found = ranks.sum(torch.tensor([min(taken), end], device=ranks.device) * (ranks.rank == 0))
-    step_ms, end_ms = found.tolist()
+        rehearse_end(c, ranks, model, data)  # the first one warms up
+        end = rehearse_end(c, ranks, model, data)
+    own = torch.tensor([float(np.median(taken)), *end], device=ranks.device)
+    found = Rehearsal(*ranks.sum(own * (ranks.rank == 0)).tolist())
     run.log.line(
-        f"primed in {c.warmup_steps} steps: the quickest {step_ms:.2f}ms, what follows the last one"
-        f" {end_ms:.0f}ms"
+        f"primed in {c.warmup_steps} steps: a step {found.step:.2f}ms, fixing QAT's grid"
+        f" {found.qat_start:.0f}ms, what follows the last step {found.end:.0f}ms"
     )
-    return step_ms, end_ms
+    return found
 
 
-def rehearse_end(c: Config, ranks: Ranks, model: GPT, data: TrainData) -> float:
-    """What finish_training() and the last checkpoint will take, in ms."""
+def rehearse_end(c: Config, ranks: Ranks, model: GPT, data: TrainData) -> tuple[float, float]:
+    """What fixing QAT's grid takes, and finish_training() with the last checkpoint, in ms."""
     state = TrainingState(c, ranks, model)
     state.averages.steps = c.lawa_freq  # so that each average has a snapshot
     state.averages.snapshots = 1
+    begin = ranks.moment()
     if c.late_qat and c.min_lr < c.late_qat_threshold:
-        state.qat.start(ranks, data)  # by then its grid is there
+        state.qat.start(ranks, data)  # at the end its grid is there
     start = ranks.moment()
     calibration = calibration_for_export(c, ranks, model, data, state.qat)
     found = state.averages.candidates()
     state.averages.compare(ranks, model, data, calibration, found)
     to_host(state.tensors())
-    return ranks.ms_between(start, ranks.moment())
+    end = ranks.ms_between(start, ranks.moment())
+    return ranks.ms_between(begin, start), end
 
 
 class TrainingState:
@@ -4303,6 +4311,16 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
         ) from None
 
 
+def time_to_end(c: Config, data: TrainData, step_ms: float, known: Rehearsal) -> float:
+    """What two steps take, one for what may come between, and what follows the last one, in ms.
+
+    That is training time too: calibrating and comparing averages. Where it was not rehearsed, three
+    forwards of the held-out text are a step's work on it, and in small parts half as much again.
+    """
+    tokens = 1.5 * (len(data.held_out) + c.calibration_tokens)
+    return 2 * step_ms + (known.end or tokens / c.train_batch_tokens * step_ms)
+
+
 def validate(run: Run, model: GPT, val: ValData, label: str, *, clock: Clock, step: int) -> None:
     """Log val_loss on disjoint windows; the time it takes is no training time."""
     ms = clock.now()
@@ -4319,9 +4337,9 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
     Returns what its export needs. Raises Fault for a loss or gradient that is not finite.
     """
     ranks = run.ranks
-    step_ms = end_ms = 0.0
+    known = Rehearsal()
     if (ranks.compile or ranks.cuda) and c.warmup_steps:
-        step_ms, end_ms = prime(c, run, model, data)
+        known = prime(c, run, model, data)
     state = TrainingState(c, ranks, model)
     begin, ms = state.resume(run)
     optimizer, averages, qat = state.optimizer, state.averages, state.qat
@@ -4329,14 +4347,12 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
     # the first step, from 1, whose loss or gradient was not finite; past the end: none
     first_bad = torch.full((), c.iterations + 1, device=ranks.device)
     model.recurring = bool(c.recur_layers) and (begin > c.recur_start or not c.recur_start)
-    clock = Clock(ranks, 1000 * c.max_wallclock_seconds, begin, ms, step_ms)
-    # Calibrating and comparing averages is training time too. Where it was not rehearsed: three
-    # forwards of the held-out text are a step's work on it, and in small parts half as much again.
-    end_steps = 1.5 * (len(data.held_out) + c.calibration_tokens) / c.train_batch_tokens
+    clock = Clock(ranks, 1000 * c.max_wallclock_seconds, begin, ms, known.step)
     for step in range(begin, c.iterations + 1):
         elapsed, stop, bad = clock.agreed(step, first_bad)
-        reserve_ms = 2 * clock.step_ms + (end_ms or end_steps * clock.step_ms)
-        time_up = 0 < clock.cap_ms <= elapsed + reserve_ms and step > 0
+        needed = elapsed + time_to_end(c, data, clock.step_ms, known)
+        needed += 0 if qat.step_size else known.qat_start
+        time_up = 0 < clock.cap_ms <= needed and step > 0
         last = step == c.iterations or time_up
         every = c.save_every > 0 and step % c.save_every == 0
         save = step > begin and (stop or last or every)
@@ -4348,6 +4364,7 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
             )
         if save:
             run.store.save("checkpoint", step, state.tensors(step, clock.now()))
+            clock.wait_again(step)
         if stop:
             run.stop()
         if last or (c.val_loss_every and step % c.val_loss_every == 0):
@@ -4358,12 +4375,13 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
             model.start_recurrence()
             run.log.line(f"recurrence:on step:{step} layers:{shown(c.recur_layers)}")
         factor = lr_factor(c, step, elapsed, clock.step_ms)
-        known = clock.measured or not clock.cap_ms  # the grid is fixed for good: not by a guess
-        if c.late_qat and known and factor < c.late_qat_threshold and not qat.step_size:
+        sure = clock.measured or not clock.cap_ms  # the grid is fixed for good: not by a guess
+        if c.late_qat and sure and factor < c.late_qat_threshold and not qat.step_size:
             qat.start(ranks, data)
             run.log.line(
                 f"late_qat:on step:{step} lr_scale:{factor:.4f} grid_step:{qat.step_size:.6g}"
             )
+            clock.wait_again(step)
         loss, norm = train_step(
             c, ranks, model, optimizer, next(feed), step=step, lr_factor=factor, qat=qat
         )

@@ -59,7 +59,9 @@ def test_without_a_gpu_nothing_is_late():
     assert [poll.ask(x) for x in (1.0, 2.0)] == [[1.0, 0.0], [2.0, 0.0]]
 
 
-def simulate(step_ms, logged, *, cap_s=600, iterations=20000, primed=True, begin=0, validate=()):
+def simulate(
+    step_ms, logged, *, cap_s=600, iterations=20000, primed=True, begin=0, validate=(), jump=-1
+):
     """[(step, exact ms, the clock's ms, step_ms, measured)] of a run to its cap."""
     device = LateDevice()
     device.work(500.0)  # what goes before
@@ -81,6 +83,9 @@ def simulate(step_ms, logged, *, cap_s=600, iterations=20000, primed=True, begin
             clock.leave_out(since)
         if elapsed + clock.step_ms >= 1000 * cap_s and step:
             break
+        if step == jump:  # as fixing QAT's grid, or a checkpoint
+            device.work(7000.0)
+            clock.wait_again(step)
         device.work(step_ms)
         if logged and (step < 10 or (step + 1) % 100 == 0):
             assert clock.now() == pytest.approx(exact + step_ms, abs=step_ms / 2 + 10)
@@ -113,6 +118,14 @@ def test_a_resumed_clock_goes_on_from_its_step():
     found = simulate(400, True, begin=700)
     assert found[0][1:4] == (280_000, 280_000, 400)
     assert all(abs(elapsed - exact) < 200 for _, exact, elapsed, *_ in found)
+
+
+@pytest.mark.parametrize("jump", [100, 700])
+def test_what_takes_longer_than_a_step_is_known_at_the_next(jump):
+    found = simulate(400, False, jump=jump)
+    assert max(abs(elapsed - exact) for _, exact, elapsed, *_ in found) < 400
+    step, exact, *_ = found[-1]
+    assert 599_000 < exact <= 600_000 and step < 1500 - 15
 
 
 def test_steps_after_the_first_are_not_waited_for():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, config, t
+from conftest import TINY, config, t
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -131,7 +131,7 @@ def test_compiled_there_is_one_graph_for_each_shape_and_no_break(tiny):
 def test_an_audit_finds_what_is_claimed(tiny, tiny_data):
     tiny(RUN_ID="made", EVALS="roundtrip")
     settings = {**TINY, **tiny_data, **GPU, "EVALS": "sliding_window,slot,ttt"}
-    command = [sys.executable, str(ROOT / "tools/audit.py"), "--probes", "4"]
+    command = [sys.executable, "-m", "tools.audit", "--probes", "4"]
     command += ["--artifact", "logs/made/final_model.ptz"]
     command += [f"{name}={value}" for name, value in settings.items()]
     done = subprocess.run(command, capture_output=True, text=True)

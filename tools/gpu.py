@@ -130,7 +130,7 @@ def measure(c: t.Config, n: int) -> dict[str, Any]:
         "steps": plain,
         "qat_start": start,
         "qat_step": statistics.median(rounded),
-        "end": t.rehearse_end(c, ranks, steps.model, steps.data) / 1000,
+        "end": t.rehearse_end(c, ranks, steps.model, steps.data)[1] / 1000,
     }
     found["tokens_per_second"] = c.train_batch_tokens / found["step"]
     if ranks.cuda:
