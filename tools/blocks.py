@@ -297,6 +297,57 @@ def traffic_lines() -> list[str]:
     return table(f"{head} | ms of computing", rows)
 
 
+def gpu_step_lines() -> list[str]:
+    """Training steps on a GPU, with torch's mixed-order reductions and without."""
+    rows = []
+    for what, name in (("as it is", "h200_mix1"), ("without mixed-order reductions", "h200")):
+        found = json.loads((LOGS / "gpu" / f"{name}_step.json").read_text())
+        row = [what, f"{1000 * found['step']:.1f} ms", f"{1000 * found['qat_step']:.1f} ms"]
+        row += [f"{found['tokens_per_second']:,.0f}", f"{100 * found['mfu']:.1f} %"]
+        row += [f"{found['memory'] / 2**30:.1f} GiB", f"{found['first_step']:.0f} s"]
+        rows.append([*row, f"`gpu/{name}_step`"])
+    head = "compiled | a step | under late QAT | tokens/s | MFU | peak memory | first step"
+    return table(f"{head} | log", rows)
+
+
+def gpu_kernel_lines() -> list[str]:
+    """What a training step's time on a GPU goes to, by the names of its kernels."""
+    found = json.loads((LOGS / "gpu" / "h200_mix1_step.json").read_text())
+    kinds = {
+        "attention, backward": r"bprop|compute_dot|convert_dq|fmha_reduce",
+        "attention, forward": r"fprop",
+        "matrix products": r"^nvjet",
+        "leaky_relu squared, both ways": r"leaky_relu",
+        "other fused operations": r"^triton",
+    }
+    spent = dict.fromkeys(kinds, 0.0)
+    for kernel in found["kernels"]:
+        kind = next((k for k, names in kinds.items() if re.search(names, kernel["name"])), None)
+        if kind:
+            spent[kind] += kernel["ms"]
+    total = 1000 * found["step"]
+    spent["the rest: smaller kernels, gaps"] = total - sum(spent.values())
+    rows = [[kind, f"{ms:.0f}", f"{100 * ms / total:.0f} %"] for kind, ms in spent.items()]
+    return table("of a step | ms | share", rows, numbers=2)
+
+
+def gpu_score_lines() -> list[str]:
+    """What was scored on a GPU, and how long it took."""
+    rows = []
+    for name in ("h200_run", "h200_first"):
+        log = read_log(LOGS / "gpu" / f"{name}.txt")
+        found = metrics(f"gpu/{name}")
+        for stage, result in log.results.items():
+            passes = (
+                row for label, row in found.items() if re.search(rf"artifact.*{stage}", label)
+            )
+            compiling = max(row.get("compile_time", 0) for row in passes) / 1000
+            row = [stage, f"{result.tokens:,}", f"{result.val_loss:.4f}", f"{result.seconds:.1f} s"]
+            rows.append([*row, f"{compiling:.0f} s", f"`gpu/{name}`"])
+    head = "evaluator | targets | val_loss | seconds | its pass compiled for"
+    return table(f"{head} | log", rows)
+
+
 MAKERS: dict[str, Callable[[], list[str]]] = {
     "scores": score_lines,
     "seeds": seed_lines,
@@ -311,6 +362,9 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "qat": qat_lines,
     "equality": equality_lines,
     "traffic": traffic_lines,
+    "gpu-step": gpu_step_lines,
+    "gpu-kernels": gpu_kernel_lines,
+    "gpu-scores": gpu_score_lines,
 }
 
 
