@@ -626,7 +626,7 @@ def render(files):
             "",
             "## GPU",
             "",
-            "Not measured: no GPU was at hand. Step time, MFU, peak GPU memory, evaluation and TTT on a GPU: not measured.",
+            "These comparisons have not been made on a GPU. What has been measured on one is in [speed.md](speed.md#on-a-gpu).",
         ]
     return "\n".join(lines) + "\n"
 

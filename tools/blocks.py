@@ -338,10 +338,12 @@ def gpu_score_lines() -> list[str]:
         log = read_log(LOGS / "gpu" / f"{name}.txt")
         found = metrics(f"gpu/{name}")
         for stage, result in log.results.items():
-            passes = (
-                row for label, row in found.items() if re.search(rf"artifact.*{stage}", label)
+            (own,) = (
+                row
+                for label, row in found.items()
+                if stage in label.removeprefix("pass_artifact_").split("+")
             )
-            compiling = max(row.get("compile_time", 0) for row in passes) / 1000
+            compiling = own["compile_time"] / 1000
             row = [stage, f"{result.tokens:,}", f"{result.val_loss:.4f}", f"{result.seconds:.1f} s"]
             rows.append([*row, f"{compiling:.0f} s", f"`gpu/{name}`"])
     head = "evaluator | targets | val_loss | seconds | its pass compiled for"
