@@ -39,7 +39,6 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
-import fcntl
 import functools
 import hashlib
 import importlib
@@ -135,7 +134,9 @@ class Config:
         "", "NAME or FOLDER/NAME of the log and folder in logs/, new; empty: date, time, seed."
     )
     seed: int = setting(1337, "Seed of initial weights and data order.", high=2**31 - 1)
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting(
+        "auto", "auto: cuda if there is a GPU for it, else cpu. mps, Apple's, was never tried."
+    )
     compile: Literal["auto", "0", "1"] = setting("auto", "torch.compile; auto: on a GPU.")
     dtype: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "Of products and hidden states; auto: bf16 on a GPU, fp32 on a CPU."
@@ -988,7 +989,7 @@ def copy_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: 
 class StopSignals:
     """Signals that asked this process to stop."""
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 
     def __init__(self) -> None:
         self.received: list[tuple[int, float]] = []  # (number, time)
@@ -1023,31 +1024,46 @@ def keep_freed_memory(block: int = 2**25, rest: int = 2**31 - 1) -> None:
 
     A GPU's allocator does so. New blocks from the system cost a CPU 5 to 20 % of a step.
     """
-    with contextlib.suppress(AttributeError, OSError):  # another C library
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         for option, value in ((-3, block), (-1, rest)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """fp64, for sums of many terms; fp32 on Apple's GPUs, which have no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def find_device(wanted: str) -> torch.device:
+    """The device that DEVICE asks for; of several GPUs this process's. Raises BadInput."""
+    if wanted in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if wanted == "mps" and torch.backends.mps.is_available():
+        return torch.device("mps")
+    if wanted in ("cuda", "mps"):
+        raise BadInput(f"DEVICE={wanted}: torch sees no such GPU; allowed here: cpu or auto.")
+    return torch.device("cpu")
 
 
 class Ranks:
     """This process among those that torchrun started, its device, and what they do together."""
 
     def __init__(self, c: Config) -> None:
-        """Raises BadInput if DEVICE=cuda and there is no GPU."""
+        """Raises BadInput for a device that is not there."""
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks of this machine
-        self.cuda = c.device != "cpu" and torch.cuda.is_available()
-        if c.device == "cuda" and not self.cuda:
-            raise BadInput("DEVICE=cuda: torch sees no GPU; allowed here: cpu or auto.")
+        self.device = find_device(c.device)
+        self.cuda = self.device.type == "cuda"
+        if self.device.type == "mps" and self.world > 1:
+            raise BadInput("DEVICE=mps: one process only; start it without torchrun.")
         bf16 = c.dtype == "bf16" or (c.dtype == "auto" and self.cuda)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.compile = c.compile == "1" or (c.compile == "auto" and self.cuda)
         if self.cuda:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("highest" if c.dtype == "fp32" else "high")
         else:
-            self.device = torch.device("cpu")
             keep_freed_memory()
             if self.local_world > 1:  # torchrun gives each process one thread
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world))
@@ -1068,10 +1084,13 @@ class Ranks:
         """Wait for the device, before a clock is read."""
         if self.cuda:
             torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def moment(self) -> Any:
-        """Now on the device: a CUDA event, or seconds."""
+        """Now on the device: a CUDA event, or seconds, once the device is done."""
         if not self.cuda:
+            self.synchronize()
             return perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -1087,7 +1106,11 @@ class Ranks:
     def put(self, array: np.ndarray) -> Tensor:
         """Tensor of a numpy array on the device; nobody waits for it."""
         tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.cuda else tensor
+        if self.cuda:
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        if tensor.dtype == torch.float64:
+            tensor = tensor.to(wide_dtype(self.device))
+        return tensor.to(self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; returns the tensor."""
@@ -1240,13 +1263,14 @@ class RunLog:
         """Raises BadInput if another process has this log."""
         assert self.text
         try:
+            fcntl = importlib.import_module("fcntl")
             fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BadInput(
                 f"RUN_ID={self.name}: is still running; stop it first, or choose another."
             ) from None
-        except OSError:
-            pass  # some file systems have no locks
+        except (ImportError, OSError):
+            pass  # Windows and some file systems have no such locks
 
     def write_head(self) -> None:
         """Source and settings, on top of a new run's logs."""
@@ -1260,6 +1284,8 @@ class RunLog:
         device = f"cpu threads:{torch.get_num_threads()}"
         if ranks.cuda:
             device = torch.cuda.get_device_name()
+        elif ranks.device.type == "mps":
+            device = "mps"
         return (
             f"python:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__}"
             f" device:{device} dtype:{ranks.dtype} world_size:{ranks.world}"
@@ -1796,7 +1822,7 @@ def attention_kernel(name: str, c: Config, ranks: Ranks) -> str:
     Raises BadInput if a GPU has none but plain products, many times slower. The private function is
     the only one that says which kernel is taken; the public ones can but forbid some.
     """
-    if name != "sdpa":
+    if name != "sdpa" or ranks.device.type == "mps":
         return name
     q, k = (
         torch.empty(
@@ -2281,8 +2307,9 @@ class Optimizer:
         Squares are summed in fp64: the norm scales every gradient, and in fp32 its rounding would
         depend on the number of ranks. (Gradients themselves are averaged over ranks in fp32.)
         """
+        wide = wide_dtype(self.ranks.device)
         squares = [
-            torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()
+            torch.stack(torch._foreach_norm(gradients, 2, wide)).square().sum()
             for gradients in (shares, small)
         ]
         norm = (self.ranks.sum(squares[0]) + squares[1]).sqrt().float()
@@ -2935,7 +2962,7 @@ class Gptq(RateDistortion):
         distance = torch.stack(
             [spacing(found[name].rows, found[name].columns, step_size) for name in names]
         )
-        h = torch.stack([self.hessians[name] for name in names]).double()
+        h = torch.stack([self.hessians[name] for name in names]).to(wide_dtype(w.device))
         damping = 0.01 * h.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30
         h += torch.diag_embed(damping.expand(h.shape[:2]))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
@@ -3177,7 +3204,7 @@ class Averages:
             quantizer = make_quantizer(self.c, model.state_dict(), grid_alone)
             step_size = step_size or quantizer.search(bytes_for_weights(self.c))
             load_state(model, quantizer.rounded(step_size), "average")
-            total = torch.zeros((), device=ranks.device, dtype=torch.float64)
+            total = torch.zeros((), device=ranks.device, dtype=wide_dtype(ranks.device))
             for ids, goal in zip(inputs, targets, strict=True):
                 total += GPT.forward(model, ids, goal, "sum")  # no compiling on the clock
             losses[name] = ranks.sum(total).item() / (len(tokens) - 1)
@@ -4019,7 +4046,7 @@ def score(
 
 def mean_and_bpb(val: ValData, nats: Tensor) -> tuple[float, float]:
     """(nats a token, bits a byte) of nats [N]."""
-    loss = nats.double().mean().item()
+    loss = nats.cpu().double().mean().item()
     return loss, loss / math.log(2) * val.n / val.total_bytes
 
 
@@ -4076,7 +4103,7 @@ def log_result(
     broken = broken_conditions(c, label)
     if c.save_nll and run.ranks.rank == 0 and weights == "artifact":
         buffer = BytesIO()
-        np.save(buffer, nats.double().cpu().numpy())
+        np.save(buffer, nats.cpu().double().numpy())
         path = run.log.folder / f"nll_{label}.npy"
         write_file(path, [buffer.getvalue()], run.log.remedy())
     figures: dict[str, Any] = dict(val_loss=loss, val_bpb=bpb, tokens=val.n, bytes=val.total_bytes)

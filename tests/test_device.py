@@ -1,8 +1,12 @@
 """What a GPU would break, tested where there is none: a device that answers late."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import config, t
+from conftest import ROOT, TINY, config, read_metrics, t
 
 
 class Moment:
@@ -150,3 +154,51 @@ def test_ranks_know_the_time_of_rank_0_only():
     device.work(77.0)
     ms, *_ = clock.agreed(3, torch.full((), 99.0))
     assert sent[0].tolist()[:2] == [0.0, 0.0] and ms == 1200 and clock.step_ms == 400
+
+
+def test_it_starts_where_there_are_no_file_locks_and_no_sighup(tiny_data, tmp_path):
+    """As on Windows."""
+    code = (
+        "import sys, signal, runpy; sys.modules['fcntl'] = None; del signal.SIGHUP;"
+        f"runpy.run_path({str(ROOT / 'train_gpt.py')!r}, run_name='__main__')"
+    )
+    env = {**os.environ, **TINY, **tiny_data, "RUN_ID": "w", "EVALS": "roundtrip"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "final_artifact_roundtrip" in read_metrics(tmp_path / "logs/w")
+
+
+def test_apples_gpus_get_no_fp64_and_are_refused_where_there_are_none():
+    assert t.wide_dtype(torch.device("mps")) == torch.float32
+    assert t.wide_dtype(torch.device("cpu")) == torch.float64
+    if not torch.backends.mps.is_available():
+        with pytest.raises(t.BadInput, match="DEVICE=mps.*allowed here: cpu or auto"):
+            t.Ranks(config(DEVICE="mps"))
+
+
+def test_bf16_follows_fp32(tiny):
+    """What a GPU computes in, on a CPU: training from about 6 nats down, then every evaluator."""
+    settings = dict(EVALS="roundtrip,sliding_window,slot,ttt,ttt_slot", ITERATIONS="12")
+    wide, narrow = tiny(**settings), tiny(**settings, DTYPE="bf16")
+    losses = [
+        [r["train_loss"] for r in rows.values() if "train_loss" in r] for rows in (wide, narrow)
+    ]
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.01)
+    for label in (label for label in wide if label.startswith("final_")):
+        assert narrow[label]["val_loss"] == pytest.approx(wide[label]["val_loss"], rel=0.01), label
+
+
+def test_one_artifact_scores_in_bf16_as_in_fp32_and_gains_as_much(tiny):
+    tiny(RUN_ID="made", EVALS="roundtrip")
+    settings = dict(LOAD_ARTIFACT="logs/made/final_model.ptz", CTW_WEIGHT="0.1")
+    settings |= dict(EVALS="roundtrip,sliding_window,slot,ttt,ttt_slot,ctw")
+    wide, narrow = tiny(**settings), tiny(**settings, DTYPE="bf16")
+    for label in (label for label in wide if label.startswith("final_")):
+        assert narrow[label]["val_loss"] == pytest.approx(wide[label]["val_loss"], rel=5e-4), label
+    gains = [
+        [rows[f"final_artifact_{label}"]["val_loss"] for label in ("sliding_window", "ttt")]
+        for rows in (wide, narrow)
+    ]
+    assert gains[1][0] - gains[1][1] == pytest.approx(gains[0][0] - gains[0][1], rel=0.05)
