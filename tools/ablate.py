@@ -38,6 +38,8 @@ import train_gpt as t
 from tools import audit
 
 EVALUATION = ("SLOT_", "TTT_", "CTW_", "EVAL_STRIDE")
+HATCHES = {True: "", False: "///"}  # a grey print shows it too
+MARKERS = (("o", 9), ("s", 9), ("^", 4), ("D", 4), ("v", 5), ("x", 5), ("*", 5))  # and their sizes
 COLOURS = {True: "#2a78b5", False: "#c8553d"}  # causal, not causal; apart for colour-blind eyes too
 
 
@@ -148,7 +150,7 @@ def score_rows(run, model, val, rows):
 
 
 def bar_chart(rows, path, title):
-    """Differences to the first row with their intervals, causal and not in two colours."""
+    """Differences to the first row with their intervals; what is not causal is hatched."""
     from matplotlib.figure import Figure
 
     rows = rows[1:] or rows
@@ -159,6 +161,8 @@ def bar_chart(rows, path, title):
             k,
             row["diff"],
             color=COLOURS[row["causal"]],
+            hatch=HATCHES[row["causal"]],
+            edgecolor="white",
             xerr=[[row["diff"] - row["low"]], [row["high"] - row["diff"]]],
             error_kw=dict(capsize=3, lw=1),
         )
@@ -167,17 +171,22 @@ def bar_chart(rows, path, title):
     axes.axvline(0, color="black", lw=0.8)
     axes.set_xlabel("difference in val_bpb to the first row, 95 % interval (left is better)")
     axes.set_title(title, fontsize=10)
-    figure.legend(handles=handles(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    found = {row["causal"] for row in rows}
+    figure.legend(
+        handles=handles(found), loc="outside lower center", ncols=2, fontsize=8, frameon=False
+    )
     figure.savefig(path, dpi=130)
 
 
-def handles():
-    """Legend of the two colours."""
+def handles(found):
+    """Legend of the kinds of rows that were found."""
     from matplotlib.patches import Patch
 
+    labels = {True: "causal", False: "not causal: no compression result"}
     return [
-        Patch(color=COLOURS[True], label="causal"),
-        Patch(color=COLOURS[False], label="not causal: no compression result"),
+        Patch(facecolor=COLOURS[kind], hatch=HATCHES[kind], edgecolor="white", label=label)
+        for kind, label in labels.items()
+        if kind in found
     ]
 
 
@@ -193,7 +202,8 @@ def line_chart(rows, path, title, steps):
     figure = Figure(figsize=(1 + 3.6 * len(panels), 4.6), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
         names = dict.fromkeys(row["base"] for row in swept)
-        for name, marker in zip(names, itertools.cycle("os^Dvx*")):
+        # rings and crosses: two rows that lie on each other are both seen
+        for name, (marker, size) in zip(names, itertools.cycle(MARKERS)):
             line = [
                 row
                 for row in swept
@@ -209,8 +219,8 @@ def line_chart(rows, path, title, steps):
                 y,
                 span,
                 marker=marker,
-                ms=9 if marker == "o" else 5,
-                mfc="none" if marker == "o" else None,
+                ms=size,
+                mfc="none" if size > 5 else None,
                 lw=1.4,
                 capsize=2,
                 color=COLOURS[line[0]["causal"]],
@@ -237,7 +247,9 @@ def line_chart(rows, path, title, steps):
         fontsize=8,
         frameon=False,
     )
-    figure.suptitle(title + " (solid blue: causal, dashed red: not)", fontsize=10)
+    figure.suptitle(
+        f"{title}\nsolid blue: causal; dashed red: not causal, no compression result", fontsize=10
+    )
     figure.savefig(path, dpi=130)
 
 
