@@ -58,6 +58,7 @@ bench: demo-data  ## Time the script beside plain PyTorch and write docs/benchma
 
 gpu: .venv/installed  ## Measure all that there is to measure on one GPU, on what DATA_PATH holds: 25 minutes at most. Begun again, it goes on.
 	$(BIN)/python -m tools.gpu --name $(GPU_NAME)
+	$(BIN)/python -m tools.bench --render
 
 clean:  ## Remove .venv, caches and the demo's data; logs stay.
 	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model

@@ -350,6 +350,32 @@ def gpu_score_lines() -> list[str]:
     return table(f"{head} | log", rows)
 
 
+def bf16_lines() -> list[str]:
+    """The demo in fp32 and in bf16: training, and every evaluator of each model."""
+    names = ("demo_fp32", "demo_fp32_in_bf16", "demo_bf16")
+    found = [metrics(f"equality/{name}") for name in names]
+    trained = [[row["train_loss"] for row in run.values() if "train_loss" in row] for run in found]
+    losses = [f"{run[-1]:.4f}" if run else "" for run in trained]
+    rows = [["last training loss logged", *losses]]
+    for label, what in (
+        ("final_float_roundtrip", "val_loss of the weights before quantising"),
+        ("final_artifact_roundtrip", "of the artifact: roundtrip"),
+        ("final_artifact_sliding_window", "sliding, the last rows of each window"),
+        ("final_artifact_ttt", "score-first TTT"),
+        ("final_artifact_ttt_slot", "TTT with SLOT"),
+    ):
+        scores = [f"{run[label]['val_loss']:.4f}" if label in run else "" for run in found]
+        rows.append([what, *scores])
+    for what, before, after in (
+        ("gain of TTT over sliding", "sliding_window", "ttt"),
+        ("gain of SLOT over TTT", "ttt", "ttt_slot"),
+    ):
+        both = [[run[f"final_artifact_{k}"]["val_loss"] for k in (before, after)] for run in found]
+        rows.append([what, *(f"{a - b:.4f}" for a, b in both)])
+    head = "trained and scored in fp32 | that artifact in bf16 | trained and scored in bf16"
+    return table(f"nats a token | {head}", rows, numbers=3)
+
+
 MAKERS: dict[str, Callable[[], list[str]]] = {
     "scores": score_lines,
     "seeds": seed_lines,
@@ -364,6 +390,7 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "qat": qat_lines,
     "equality": equality_lines,
     "traffic": traffic_lines,
+    "bf16": bf16_lines,
     "gpu-step": gpu_step_lines,
     "gpu-kernels": gpu_kernel_lines,
     "gpu-scores": gpu_score_lines,

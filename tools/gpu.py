@@ -1,12 +1,13 @@
-"""All that is measured on one GPU, by one command: the tests that need it, a training step, a run with all evaluators, the benchmarks.
+"""All that is measured on one GPU, by one command: tests, a training step, a run with all evaluators, the benchmarks.
 
-    python -m tools.gpu --name my_gpu --minutes 25
-    DEVICE=cpu PRESET=demo ITERATIONS=2 python -m tools.gpu --name rehearsal --parts step run --steps 2   # without a GPU
+    python -m tools.gpu --name my_gpu --parts step --steps 4                # a training step alone
+    DEVICE=cpu python -m tools.gpu --name rehearsal --parts step run --steps 2    # without a GPU
 
-Settings are the script's environment variables. Everything goes to logs/gpu/: NAME_tests.txt, NAME_step.json, NAME_run.txt
-with NAME_run/, bench_<GPU>.json and NAME.md, a summary of one screen. A part has a share of the minutes and is stopped
-when that is over; started again with the same name the command does what is not there yet. Exit status: 0 all parts are
-there and the tests passed, 1 not, 2 bad input.
+`make gpu` does all parts, in 25 minutes at most: a part has a share of them and is stopped when that is over; begun again
+with the same name the command does what is not there yet. Settings are the script's environment variables. Everything goes
+to logs/gpu/: NAME_tests.txt (the tests that need a GPU), NAME_step.json (a training step, and where its time goes),
+NAME_run.txt with NAME_run/, bench_NAME.json, NAME_suite.txt (all tests) and NAME.md, a summary of one screen. Exit status:
+0 all parts are there and the tests passed, 1 not, 2 bad input.
 """
 
 import sys
@@ -36,7 +37,7 @@ from tools.bench import PEAK, ROOT, device_name, flops_a_token
 from tools.logs import read_log
 
 FOLDER = Path("logs") / "gpu"
-SHARES = {"tests": 0.2, "step": 0.15, "run": 0.35, "bench": 0.3}  # of the minutes
+SHARES = {"tests": 0.1, "step": 0.1, "run": 0.25, "bench": 0.25, "suite": 0.3}  # of the minutes
 GOALS = {"NVIDIA H100 80GB HBM3": 640, "NVIDIA H200": 560}  # ms of a step of the record's batch
 
 
@@ -145,14 +146,19 @@ def measure(c: t.Config, n: int) -> dict[str, Any]:
 def part_commands(name: str, steps: int) -> dict[str, tuple[list[str], Path]]:
     """{part: (command, the file that says it is done)}."""
     python = [sys.executable, "-m"]
-    script, tests = (str(ROOT / name) for name in ("train_gpt.py", "tests/test_gpu.py"))
+    script, tests = str(ROOT / "train_gpt.py"), ROOT / "tests"
+    bench = [*python, "tools.bench", "--rounds", "3", "--out", str(FOLDER / f"bench_{name}.json")]
     run = FOLDER / f"{name}_run" / "metrics.jsonl"
     step = FOLDER / f"{name}_step.json"
     return {
         "step": ([*python, "tools.gpu", "--measure", str(step), "--steps", str(steps)], step),
         "run": ([*python, "torch.distributed.run", "--standalone", script], run),
-        "tests": ([*python, "pytest", "-v", tests], FOLDER / f"{name}_tests.txt"),
-        "bench": ([*python, "tools.bench", "--rounds", "3"], FOLDER / f"{name}_bench.txt"),
+        "tests": (
+            [*python, "pytest", "-v", str(tests / "test_gpu.py")],
+            FOLDER / f"{name}_tests.txt",
+        ),
+        "bench": (bench, FOLDER / f"{name}_bench.txt"),
+        "suite": ([*python, "pytest", "-q", str(tests)], FOLDER / f"{name}_suite.txt"),
     }
 
 
@@ -161,7 +167,12 @@ def whole(part: str, path: Path) -> bool:
     if not path.exists():
         return False
     text = path.read_text()
-    ends = {"run": '"label": "eval_total"', "tests": " passed", "bench": "wrote "}
+    ends = {
+        "run": '"label": "eval_total"',
+        "tests": " passed",
+        "suite": " passed",
+        "bench": "wrote ",
+    }
     return ends.get(part, "") in text
 
 
@@ -216,10 +227,11 @@ def summary(name: str) -> Iterator[str]:
         yield "|---|---|---|---|"
         for label, result in read_log(log).results.items():
             yield f"| {label} | {result.val_bpb:.4f} | {result.seconds} | {result.causal} |"
-    tests = FOLDER / f"{name}_tests.txt"
-    if tests.exists():
-        yield ""
-        yield f"tests: {tests.read_text().strip().splitlines()[-1].strip('= ')}"
+    for part in ("tests", "suite"):
+        path = FOLDER / f"{name}_{part}.txt"
+        if path.exists():
+            yield ""
+            yield f"{part}: {path.read_text().strip().splitlines()[-1].strip('= ')}"
 
 
 def main(argv: list[str] | None = None) -> int:
