@@ -97,6 +97,7 @@ def test_the_examples_of_each_tools_help_run(name, made):
         "audit": (),
         "quantise": ("logs/my_quantisers/metrics.jsonl",),
         "bench": ("logs/my_bench.json", "docs/benchmarks.md"),
+        "gpu": ("logs/gpu/my_gpu_step.json", "logs/gpu/rehearsal_run.txt"),
     }[name]
     assert all((folder / file).is_file() for file in written)
 
