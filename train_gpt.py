@@ -189,7 +189,11 @@ class Config:
     max_wallclock_seconds: float = setting(
         600.0, "Training time, at most; 0: no cap.", high=MAX_INT
     )
-    warmup_steps: int = setting(20, "Steps that prime torch.compile; no trace of them stays.")
+    warmup_steps: int = setting(
+        20,
+        "Steps before the clock starts, on a GPU or compiled, of which no trace stays: they measure"
+        " what a step and the end of training take.",
+    )
     warmdown_iters: int = setting(3500, "Steps, or their time, in which rates fall to MIN_LR.")
     min_lr: float = setting(0.0, "Lowest factor on rates, at the end of the warmdown.", high=1)
 
@@ -982,7 +986,7 @@ def copy_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: 
 #
 # A run is one process a device, started by torchrun, or one process alone. All ranks compute; only
 # rank 0 writes. What ranks must agree on (stop? time up?) is asked with Poll, which on a GPU
-# answers two steps late, so that the host does not wait for what the device is doing.
+# usually answers two steps late, so that the host does not wait for what the device is doing.
 # ==================================================================================================
 
 
@@ -1118,7 +1122,7 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Make tensors rank 0's, in place."""
         if self.world > 1:
             for tensor in tensors:
@@ -1157,7 +1161,8 @@ class Poll:
     ) -> list[float] | None:
         """[*rank 0's values, signals over all ranks, this rank's own tensor], of `lag` calls ago.
 
-        None while there is no such call; of this call if it waits. All ranks call it together.
+        None for the first `lag` calls. With wait=True it is this call's own answer, and the next
+        `lag` calls have none. All ranks call it together.
         `tensor`, of one element, is not summed: it rides along to spare a wait of its own.
         """
         own = [value * (self.ranks.rank == 0) for value in values]
@@ -1767,8 +1772,10 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     rows, length = q.size(2), k.size(2)
     mask = None
-    if rows < length:  # with a mask torch takes a kernel that does not know fewer key/value heads
+    # with a mask, and in fp32 on a GPU, torch has no kernel that knows fewer key/value heads
+    if rows < length or (q.is_cuda and q.dtype == torch.float32):
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+    if rows < length:
         mask = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
     causal = rows == length
     grouped = q.size(1) != k.size(1)
@@ -1800,8 +1807,8 @@ def choose_attention(wanted: str, ranks: Ranks) -> tuple[str, AttentionFunction,
         if wanted != name and (wanted != "auto" or name == "fa4"):
             continue
         try:
-            if not ranks.cuda:
-                raise ImportError("it needs a GPU")
+            if not ranks.cuda or ranks.dtype == torch.float32:
+                raise ImportError("it needs a GPU and bf16")
             if name == "fa4" and ranks.compile:
                 raise ImportError("it cannot be compiled; set COMPILE=0")
             function = importlib.import_module(module).flash_attn_func
@@ -1811,7 +1818,8 @@ def choose_attention(wanted: str, ranks: Ranks) -> tuple[str, AttentionFunction,
                 raise BadInput(
                     f"ATTENTION={name}: {module}: {why}; allowed here: auto or sdpa."
                 ) from None
-            if ranks.cuda and not isinstance(why, ModuleNotFoundError):
+            absent = isinstance(why, ModuleNotFoundError) and why.name == module
+            if ranks.cuda and ranks.dtype == torch.bfloat16 and not absent:
                 note = f"ATTENTION=auto: {module} cannot be used ({why}); taking torch's own"
     return "sdpa", sdpa_attention, note
 
@@ -1824,6 +1832,8 @@ def attention_kernel(name: str, c: Config, ranks: Ranks) -> str:
     """
     if name != "sdpa" or ranks.device.type == "mps":
         return name
+    repeated = ranks.cuda and ranks.dtype == torch.float32  # as in sdpa_attention()
+    kv_heads = c.num_heads if repeated else c.num_kv_heads
     q, k = (
         torch.empty(
             (1, heads, c.train_seq_len, c.model_dim // c.num_heads),
@@ -1831,9 +1841,9 @@ def attention_kernel(name: str, c: Config, ranks: Ranks) -> str:
             device=ranks.device,
             requires_grad=True,
         )
-        for heads in (c.num_heads, c.num_kv_heads)
+        for heads in (c.num_heads, kv_heads)
     )
-    grouped = c.num_heads != c.num_kv_heads
+    grouped = c.num_heads != kv_heads
     number = torch._fused_sdp_choice(q, k, k, None, 0.0, True, enable_gqa=grouped)
     kernels = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
     kernel = kernels.get(number, f"kernel{number}")
@@ -2407,12 +2417,12 @@ class Clock:
     the step that begins there: at step s rank 0 can read the beginning of step s - lag, and the
     others know it lag steps later. It is carried on to step s at the mean time of a step so far.
 
-    The first steps are waited for. There an error of a few steps would be a large part of the time
-    that has passed, and would start what depends on the rates (late QAT, for good) by a guess. So
-    are those after something that took much longer than a step: see wait_again().
+    The first steps are waited for: there an error of a few steps would be a large part of the time
+    that has passed. The step after a save or after QAT's start is waited for too. The first step
+    of a run has no part in the mean: it may hold compiling, or a device's start.
     """
 
-    WAITED = 5  # steps; as many as can be known late, and one
+    WAITED = 5  # steps: 2 lag + 1, until when no answer would have come without waiting
 
     def __init__(
         self, ranks: Ranks, cap_ms: float, step: int = 0, ms: float = 0.0, step_ms: float = 0.0
@@ -2423,13 +2433,14 @@ class Clock:
         self.agreed_at = (step, ms)  # what all ranks know
         self.own = (step, ms)  # what this rank knows
         self.step_ms = ms / step if step else step_ms
+        self.first_ms = 0.0  # of the first step of a run
         self.anchor = (ranks.moment(), ms)  # a moment and its training time
         self.unread: deque[tuple[int, tuple[Any, float], Any]] = deque()
 
     @property
     def measured(self) -> bool:
-        """Whether the time of a step is known, and no guess."""
-        return self.agreed_at[0] > 0
+        """Whether the time of a usual step is known, and no guess."""
+        return self.agreed_at[0] > 1
 
     def read(self, anchor: tuple[Any, float], moment: Any) -> float:
         """Training time in ms at a moment, for which it waits."""
@@ -2453,12 +2464,16 @@ class Clock:
             number, ms, stops, bad = answer
             self.agreed_at = int(number), ms
         at, ms = self.agreed_at
-        if at > 0:
-            self.step_ms = ms / at
+        if at == 1:
+            self.first_ms = ms
+            self.step_ms = self.step_ms or ms
+        elif at > 1:
+            steps = at - 1 if self.first_ms else at
+            self.step_ms = (ms - self.first_ms) / steps
         return ms + (step - at) * self.step_ms, stops > 0, bad <= step
 
     def wait_again(self, step: int) -> None:
-        """Wait for the time of the next step: before it came something that no mean time covers."""
+        """Wait for the time of the next step: this one held something far longer than a step."""
         self.waited_to = max(self.waited_to, step + 2)
 
     def leave_out(self, since_ms: float) -> None:
@@ -2682,7 +2697,7 @@ def rans_decode(codes: np.ndarray, which: np.ndarray, table: np.ndarray) -> np.n
 
 
 class QuantisedMatrix(NamedTuple):
-    """Some rows of a matrix: what is stored of its steps, and its levels, as floats."""
+    """Rows of a matrix, or of a bank: what is stored of its steps, and its levels, as floats."""
 
     rows: Tensor
     columns: Tensor
@@ -2697,8 +2712,8 @@ class Quantizer:
 
     def __init__(self, c: Config, state: Mapping[str, Tensor], whole: bool = False) -> None:
         self.c = c
-        split = state if whole else split_banks(state, c.num_layers)
-        self.state = {name: t.detach().float() for name, t in split.items()}
+        parts = state if whole else split_banks(state, c.num_layers)
+        self.state = {name: t.detach().float() for name, t in parts.items()}
         self.kinds = {n: self.level_kind(c, export_kind(c, n)) for n in self.state}
         self.names = [name for name in self.state if self.kinds[name] in LEVELS]
 
@@ -2731,7 +2746,7 @@ class Quantizer:
     def nearest(
         self, name: str, step_size: float, every: int = 1
     ) -> tuple[QuantisedMatrix, Tensor]:
-        """(every so many rows in the nearest levels, distances [...,rows,columns])."""
+        """(every `every`-th row, in its nearest levels; distances [...,rows,columns])."""
         rows, columns = self.step_codes(name, step_size)
         rows, w = rows[..., ::every], self.state[name][..., ::every, :]
         distance = spacing(rows, columns, step_size)
@@ -2769,8 +2784,10 @@ class Quantizer:
 
     def estimate(self, step_size: float) -> float:
         """Bytes of the artifact by the entropy of 64 rows of each matrix."""
+        sizes = {"fp16": 2, "fp32": 4}
         beside = sum(  # of what is no level, about
-            1.5 * sum(t.shape) if name in self.names else t.nbytes for name, t in self.state.items()
+            1.5 * sum(t.shape) if name in self.names else t.numel() * sizes[self.kinds[name]]
+            for name, t in self.state.items()
         )
         return entropy_bytes(self.census(self.quantise(step_size, thin=True))[0]) + beside
 
@@ -3186,7 +3203,7 @@ class Averages:
         calibration: Calibration | None,
         found: Mapping[str, list[Tensor]],
     ) -> dict[str, float]:
-        """Losses of candidates on held-out text, by name; the last one stays in the model, rounded.
+        """Losses of candidates on held-out text, by name; the model keeps what came last.
 
         All are rounded at one step size, at which the first of them fits, and without GPTQ's error
         feedback, which takes many times as long.
@@ -3741,14 +3758,15 @@ class ChunkTrainer:
 
     def prime(self, tokens: Tensor) -> None:
         """Compile what step() will call, on the first tokens; nothing is changed."""
-        T = self.c.eval_seq_len
-        size = min(self.c.ttt_batch_seqs, math.ceil(self.c.ttt_chunk_tokens / T))
-        mine = len(range(self.ranks.rank, size, self.ranks.world))
-        rows = tokens[self.ranks.put(np.zeros((max(1, mine), 1), int) + np.arange(T + 1))]
-        n = micro_batches(self.ranks, len(rows), T)
-        ids, goal = (part.chunk(n)[0] for part in (rows[:, :-1], rows[:, 1:]))
-        with torch.enable_grad():
-            self.model(ids, goal, "sum").backward()
+        T, world = self.c.eval_seq_len, self.ranks.world
+        whole, rest = divmod(math.ceil(self.c.ttt_chunk_tokens / T), self.c.ttt_batch_seqs)
+        sizes = {self.c.ttt_batch_seqs * (whole > 0), rest}
+        for mine in {len(range(self.ranks.rank, size, world)) for size in sizes} - {0}:
+            rows = tokens[self.ranks.put(np.zeros((mine, 1), int) + np.arange(T + 1))]
+            n = micro_batches(self.ranks, mine, T)
+            ids, goal = (part.chunk(n)[0] for part in (rows[:, :-1], rows[:, 1:]))
+            with torch.enable_grad():
+                self.model(ids, goal, "sum").backward()
         self.grad.zero_()
 
     def step(self, inputs: Tensor, targets: Tensor, count: Tensor) -> None:
@@ -3793,13 +3811,14 @@ class Stopwatch:
         return self.spent.copy()
 
     def leave_out(self, seconds: float) -> None:
-        """Take seconds of compiling, just spent, out of the pass's."""
+        """Take seconds of compiling, just spent, out of the pass's time."""
         self.compiling += seconds
         self.began += seconds
 
-    def resume(self, elapsed: float, spent: Sequence[float]) -> None:
+    def resume(self, elapsed: float, compiling: float, spent: Sequence[float]) -> None:
         """Take in the seconds of before."""
         self.began -= elapsed
+        self.compiling += compiling
         self.spent = np.array(spent)
 
 
@@ -3820,13 +3839,13 @@ class PassCheckpoint:
         tensors = self.run.store.restore(self.kind)
         if not tensors:
             return 0
-        counters = torch.zeros(len(out) + 1, dtype=torch.double)
+        counters = torch.zeros(len(out) + 2, dtype=torch.double)
         n = tensors["nats"].size(-1) if "nats" in tensors else 0
         own = {**live, "counters": counters, "nats": out[:, :n]}
         copy_tensors(own, tensors, self.kind)
         out *= self.run.ranks.rank == 0  # ranks sum it in the end
-        window, elapsed, *spent = counters.tolist()
-        watch.resume(elapsed, spent)
+        window, elapsed, compiling, *spent = counters.tolist()
+        watch.resume(elapsed, compiling, spent)
         return int(window)
 
     def mark(self, window: int, out: Tensor, live: Mapping[str, Tensor], watch: Stopwatch) -> None:
@@ -3841,7 +3860,8 @@ class PassCheckpoint:
         due_for_all, stop, *_ = self.poll.ask(due) or (0, 0)
         if (due_for_all or stop) and out.size(1):
             spent = watch.by_method()
-            counters = torch.tensor([window, now - watch.began, *spent], dtype=torch.double)
+            figures = [window, now - watch.began, watch.compiling, *spent]
+            counters = torch.tensor(figures, dtype=torch.double)
             nats = self.run.ranks.sum(out.clone(memory_format=torch.contiguous_format))
             self.run.store.save(self.kind, window, {**live, "counters": counters, "nats": nats})
             self.last = perf_counter()
@@ -3966,7 +3986,7 @@ def score_batch(work: Pass, windows: slice) -> list[Any]:
 
 
 def prime_pass(work: Pass) -> float:
-    """Compile what a pass will call; seconds. Nothing is scored, fitted to or learnt."""
+    """Compile what a pass will call; seconds. Nothing of it remains."""
     began = perf_counter()
     kept = [{name: t.clone() for name, t in method.state().items()} for method in work.methods]
     told: list[Any] = [work, *work.methods]
@@ -4225,7 +4245,7 @@ def train_step(
 
 
 class Rehearsal(NamedTuple):
-    """What parts of training take, in ms, rank 0's; 0: not known."""
+    """What parts of training take, in ms, rank 0's; 0: not rehearsed, or there is none."""
 
     step: float = 0.0  # a usual step
     qat_start: float = 0.0  # fixing late QAT's grid
@@ -4244,9 +4264,11 @@ def prime(c: Config, run: Run, model: GPT, data: TrainData) -> Rehearsal:
             start = ranks.moment()
             train_step(c, ranks, model, optimizer, next(feed), step=step, lr_factor=1.0)
             taken.append(ranks.ms_between(start, ranks.moment()))
+        model.recurring = bool(c.recur_layers)
         rehearse_end(c, ranks, model, data)  # the first one warms up
         end = rehearse_end(c, ranks, model, data)
-    own = torch.tensor([float(np.median(taken)), *end], device=ranks.device)
+    step_ms = min(taken[1:], default=0.0)  # the first one compiles
+    own = torch.tensor([step_ms, *end], device=ranks.device)
     found = Rehearsal(*ranks.sum(own * (ranks.rank == 0)).tolist())
     run.log.line(
         f"primed in {c.warmup_steps} steps: a step {found.step:.2f}ms, fixing QAT's grid"
@@ -4259,7 +4281,7 @@ def rehearse_end(c: Config, ranks: Ranks, model: GPT, data: TrainData) -> tuple[
     """What fixing QAT's grid takes, and finish_training() with the last checkpoint, in ms."""
     state = TrainingState(c, ranks, model)
     state.averages.steps = c.lawa_freq  # so that each average has a snapshot
-    state.averages.snapshots = 1
+    state.averages.snapshots = int(c.swa_enabled)
     begin = ranks.moment()
     if c.late_qat and c.min_lr < c.late_qat_threshold:
         state.qat.start(ranks, data)  # at the end its grid is there
@@ -4280,15 +4302,16 @@ class TrainingState:
         self.optimizer = Optimizer(c, ranks, model)
         self.averages = Averages(c, model.parameters())
         self.qat = LateQat(c, model)
+        self.time_up = False
 
     def tensors(self, step: int = 0, ms: float = 0.0) -> dict[str, Tensor]:
         """Live tensors by name: all of a checkpoint but its header, which has the settings.
 
         Parameters, averages, QAT's grid, the optimiser's, and counters: step, training time in ms,
-        QAT's step size, SWA's snapshots.
+        QAT's step size, SWA's snapshots, whether the time is up.
         """
         names = {p: name for name, p in self.model.named_parameters()}
-        counters = [step, ms, self.qat.step_size, self.averages.snapshots]
+        counters = [step, ms, self.qat.step_size, self.averages.snapshots, self.time_up]
         found: dict[str, Tensor] = {"counters": torch.tensor(counters, dtype=torch.double)}
         found |= {name: p for p, name in names.items()}
         for kind, tensors in self.averages.kept.items():
@@ -4310,20 +4333,21 @@ class TrainingState:
         if not there:
             return 0, 0.0
         copy_tensors(own, there, "checkpoint")
-        step, ms, step_size, snapshots = own["counters"].tolist()
+        step, ms, step_size, snapshots, time_up = own["counters"].tolist()
         self.averages.steps, self.averages.snapshots = int(step), int(snapshots)
         self.qat.step_size = step_size
+        self.time_up = bool(time_up)  # or what is measured anew might let the run go on
         names = {p: name for name, p in self.model.named_parameters()}
         self.optimizer.take_momentum(own, names)
-        return int(step), math.ceil(ms)  # rounded down, a run whose time was up would go on
+        return int(step), ms
 
 
 def without_grid(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors with late QAT off."""
+    """A checkpoint's tensors with late QAT off, and time to go on."""
     found = {name: t for name, t in tensors.items() if not name.startswith("grid.")}
     if found:
         found["counters"] = found["counters"].clone()
-        found["counters"][2] = 0.0
+        found["counters"][[2, 4]] = 0.0
     return found
 
 
@@ -4338,14 +4362,16 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
         ) from None
 
 
-def time_to_end(c: Config, data: TrainData, step_ms: float, known: Rehearsal) -> float:
-    """What two steps take, one for what may come between, and what follows the last one, in ms.
+def time_to_end(c: Config, data: TrainData, clock: Clock, known: Rehearsal) -> float:
+    """Time of two steps (the next one and one to spare), and of what follows the last step, in ms.
 
     That is training time too: calibrating and comparing averages. Where it was not rehearsed, three
     forwards of the held-out text are a step's work on it, and in small parts half as much again.
     """
+    if not clock.measured:
+        return 0.0
     tokens = 1.5 * (len(data.held_out) + c.calibration_tokens)
-    return 2 * step_ms + (known.end or tokens / c.train_batch_tokens * step_ms)
+    return 2 * clock.step_ms + (known.end or tokens / c.train_batch_tokens * clock.step_ms)
 
 
 def validate(run: Run, model: GPT, val: ValData, label: str, *, clock: Clock, step: int) -> None:
@@ -4358,15 +4384,20 @@ def validate(run: Run, model: GPT, val: ValData, label: str, *, clock: Clock, st
     clock.leave_out(ms)
 
 
+def log_loss(run: Run, label: str, loss: Tensor, *, clock: Clock, step: int) -> None:
+    """Log the loss of the step that ended; the host waits for it."""
+    ms = clock.now()
+    run.log.metric(label, digits=4, train_loss=loss.item(), train_time=ms, step_avg=ms / step)
+
+
 def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Calibration | None:
     """Train, from a checkpoint if there is one, and put the best average into the model.
 
     Returns what its export needs. Raises Fault for a loss or gradient that is not finite.
     """
     ranks = run.ranks
-    known = Rehearsal()
-    if (ranks.compile or ranks.cuda) and c.warmup_steps:
-        known = prime(c, run, model, data)
+    primed = (ranks.compile or ranks.cuda) and c.warmup_steps
+    known = prime(c, run, model, data) if primed else Rehearsal()
     state = TrainingState(c, ranks, model)
     begin, ms = state.resume(run)
     optimizer, averages, qat = state.optimizer, state.averages, state.qat
@@ -4377,11 +4408,13 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
     clock = Clock(ranks, 1000 * c.max_wallclock_seconds, begin, ms, known.step)
     for step in range(begin, c.iterations + 1):
         elapsed, stop, bad = clock.agreed(step, first_bad)
-        needed = elapsed + time_to_end(c, data, clock.step_ms, known)
-        needed += 0 if qat.step_size else known.qat_start
-        time_up = 0 < clock.cap_ms <= needed and step > 0
-        last = step == c.iterations or time_up
+        to_end = time_to_end(c, data, clock, known)
+        needed = elapsed + to_end + (0 if qat.step_size else known.qat_start)
+        state.time_up |= 0 < clock.cap_ms <= needed and step > 0
+        last = step == c.iterations or state.time_up
+        # not just before the end, which would have to wait for the file
         every = c.save_every > 0 and step % c.save_every == 0
+        every &= not 0 < clock.cap_ms <= needed + to_end
         save = step > begin and (stop or last or every)
         if bad or ((last or save) and first_bad.item() <= step):
             raise Fault(
@@ -4400,6 +4433,7 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
             break
         if c.recur_layers and step == c.recur_start:
             model.start_recurrence()
+            clock.wait_again(step)
             run.log.line(f"recurrence:on step:{step} layers:{shown(c.recur_layers)}")
         factor = lr_factor(c, step, elapsed, clock.step_ms)
         sure = clock.measured or not clock.cap_ms  # the grid is fixed for good: not by a guess
@@ -4416,10 +4450,7 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
         finite = torch.isfinite(loss + norm)
         first_bad = torch.where(finite, first_bad, first_bad.clamp(max=step + 1))
         if step < 10 or (step + 1) % c.train_log_every == 0:
-            ms = clock.now()
-            label = f"step:{step + 1}/{c.iterations}"
-            average = ms / (step + 1)
-            run.log.metric(label, digits=4, train_loss=loss.item(), train_time=ms, step_avg=average)
+            log_loss(run, f"step:{step + 1}/{c.iterations}", loss, clock=clock, step=step + 1)
     if step < c.iterations:
         run.log.line(
             f"stopping_early: wallclock_cap train_time:{clock.now():.0f}ms"
@@ -4488,7 +4519,7 @@ def run_all(c: Config) -> None:
         load_state(model, state, f"LOAD_ARTIFACT={c.load_artifact}")
     run.log.start()
     model.to(ranks.device)
-    ranks.copy_first(model.parameters())  # initial ones differ where processors do
+    ranks.broadcast(model.parameters())  # initial ones differ where processors do
     if ranks.compile:
         compile_model(model)
     run.log.line(
