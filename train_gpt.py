@@ -1779,6 +1779,8 @@ def choose_attention(wanted: str, ranks: Ranks) -> tuple[str, AttentionFunction,
             if name == "fa4" and ranks.compile:
                 raise ImportError("it cannot be compiled; set COMPILE=0")
             function = importlib.import_module(module).flash_attn_func
+            if ranks.dtype == torch.float32:
+                raise ImportError("it has no fp32; set DTYPE=bf16")
             return name, flash_attention(function), ""
         except Exception as why:  # a library built for another torch raises all sorts
             if wanted == name:
