@@ -3705,22 +3705,31 @@ class ChunkTrainer:
         starts = np.arange(begin, end, T)
         reach = max(0, int(starts[-1]) + T - end)
         starts[-1] -= reach
-        rows = tokens[self.ranks.put(starts[:, None] + np.arange(T + 1))]
-        inputs, targets = rows[:, :-1], rows[:, 1:].clone()
+        inputs, targets = self.sequences(tokens, starts)
         targets[-1, :reach] = -100
         self.optimizer.param_groups[0]["lr"] = rate
-        for i in [*range(0, len(rows), size)] * epochs:
+        for i in [*range(0, len(inputs), size)] * epochs:
             mine = slice(i + self.ranks.rank, i + size, self.ranks.world)
             self.step(inputs[mine], targets[mine], (targets[i : i + size] >= 0).sum())
 
+    def sequences(self, tokens: Tensor, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(inputs, targets) [n,EVAL_SEQ_LEN] of sequences with these starts [n]."""
+        rows = tokens[self.ranks.put(starts[:, None] + np.arange(self.c.eval_seq_len + 1))]
+        return rows[:, :-1], rows[:, 1:].clone()
+
     def prime(self, tokens: Tensor) -> None:
-        """Compile what step() will call, on the first tokens; nothing is changed."""
+        """Compile what step() will call, on the first tokens; nothing is changed.
+
+        A graph is for one shape and one layout: tensors are cut here as in train().
+        """
         T = self.c.eval_seq_len
         size = min(self.c.ttt_batch_seqs, math.ceil(self.c.ttt_chunk_tokens / T))
-        mine = len(range(self.ranks.rank, size, self.ranks.world))
-        rows = tokens[self.ranks.put(np.zeros((max(1, mine), 1), int) + np.arange(T + 1))]
-        n = micro_batches(self.ranks, len(rows), T)
-        ids, goal = (part.chunk(n)[0] for part in (rows[:, :-1], rows[:, 1:]))
+        mine = slice(self.ranks.rank, size, self.ranks.world)
+        inputs, targets = (part[mine] for part in self.sequences(tokens, np.zeros(size, int)))
+        if not len(inputs):
+            return
+        n = micro_batches(self.ranks, len(inputs), T)
+        ids, goal = inputs.chunk(n)[0], targets.chunk(n)[0]
         with torch.enable_grad():
             self.model(ids, goal, "sum").backward()
         self.grad.zero_()
