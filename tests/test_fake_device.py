@@ -237,25 +237,29 @@ class Cases:
         return SimpleNamespace(n=n, tokens=self.ghost(torch.zeros(n + 1, dtype=torch.long)))
 
     def training(self, plant=None, **changes):
-        """Of train(), from the start of a step to that of the next one."""
-        given = dict(ITERATIONS=12, WARMUP_STEPS=0, WARMDOWN_ITERS=40, SAVE_EVERY=0)
+        """Of train(), from the start of step 13 to that of step 14.
+
+        Others are empty: they are there for the clock, which waits where training, QAT or
+        recurrence begins, at step 10, and to ask for times that are two steps old.
+        """
+        given = dict(ITERATIONS=15, WARMUP_STEPS=0, WARMDOWN_ITERS=40, SAVE_EVERY=0)
         c, run, model = self.setting(**given, **changes)
-        seen = []
+        seen = {}
         real = t.train_step
 
-        def train_step(*args, **kwargs):
-            seen.append(self.watch.seen())
-            if len(seen) > 1:  # all was seen
+        def train_step(*args, step, **kwargs):
+            seen[step] = self.watch.seen()
+            if step != 13:
                 return torch.zeros((), device=DEVICE), torch.zeros((), device=DEVICE)
             if plant:
                 plant(model)
-            return real(*args, **kwargs)
+            return real(*args, step=step, **kwargs)
 
         with self.faked(), self.watch, patch.object(t, "train_step", train_step):
             t.train(c, run, model, Text(run.ranks), None)
         qat = "late_qat:on" in str(run.log.line.call_args_list)
-        assert qat == c.late_qat and model.recurring == bool(c.recur_layers) and len(seen) == 2
-        return seen[1]
+        assert qat == c.late_qat and model.recurring == bool(c.recur_layers)
+        return seen[14]
 
     def eight_ranks(self, rank):
         """Of an optimiser's step and its state, on one of eight ranks."""
@@ -386,12 +390,16 @@ class Cases:
         def send(optimizer, shares, small):
             return clip(optimizer, shares, small) * torch.tensor([1.0], device=DEVICE)
 
+        def time(optimizer, shares, small):
+            optimizer.ranks.ms_between(None, optimizer.ranks.moment())
+            return clip(optimizer, shares, small)
+
         if fault == "uncast product":
             with patch.object(t.GPT, "project", uncast):
                 return self.training(**plain)
         if fault == "tensor on the host":
             return self.training(host_table, **plain)
-        wrong = {"item": look, "mask": pick, "constant": send}[fault]
+        wrong = {"item": look, "mask": pick, "constant": send, "time": time}[fault]
         with patch.object(t.Optimizer, "clip", wrong):
             return self.training(**plain)
 
@@ -402,6 +410,7 @@ FAULTS = {
     "item": [["item"], 1],
     "mask": "aten.nonzero",  # its size is the host's to know
     "constant": [["to the device"], 1],
+    "time": [["moment"], 1],
 }
 
 
