@@ -1812,6 +1812,8 @@ def choose_attention(wanted: str, ranks: Ranks) -> tuple[str, AttentionFunction,
             if name == "fa4" and ranks.compile:
                 raise ImportError("it cannot be compiled; set COMPILE=0")
             function = importlib.import_module(module).flash_attn_func
+            if ranks.dtype == torch.float32:
+                raise ImportError("it has no fp32; set DTYPE=bf16")
             return name, flash_attention(function), ""
         except Exception as why:  # a library built for another torch raises all sorts
             if wanted == name:
@@ -2525,7 +2527,7 @@ def calibrate(c: Config, ranks: Ranks, model: GPT, data: TrainData) -> Calibrati
     """
     n = max(ranks.world, c.calibration_tokens // c.train_seq_len)
     sequences = np.stack([data.sequence(i) for i in range(n)]).astype(np.int64)
-    mine = torch.from_numpy(sequences)[ranks.rank :: ranks.world].to(ranks.device)
+    mine = ranks.put(sequences[ranks.rank :: ranks.world])
     params = dict(model.named_parameters())
     full = c.quant == "gptq"
     by_row: dict[str, Tensor] = {}
@@ -2772,14 +2774,14 @@ class Quantizer:
     def census(self, found: Mapping[str, QuantisedMatrix]) -> tuple[np.ndarray, dict[str, Tensor]]:
         """(counts [DISTRIBUTIONS,SYMBOLS], scaled up to whole matrices; spreads by name)."""
         spread = {name: spreads(m.levels) for name, m in found.items()}
-        counts = torch.zeros(DISTRIBUTIONS * SYMBOLS, dtype=torch.long)
+        device = self.state[self.names[0]].device
+        counts = torch.zeros(DISTRIBUTIONS * SYMBOLS, dtype=torch.long, device=device)
         for name, m in found.items():
             which = distributions(spread[name], len(m.levels))
             at = (which * SYMBOLS + m.levels.int() + SYMBOLS // 2).flatten()
-            own = torch.zeros(DISTRIBUTIONS * SYMBOLS, dtype=torch.long, device=at.device)
+            own = torch.zeros_like(counts)
             own.index_add_(0, at, torch.ones_like(at, dtype=torch.long))  # bincount() would wait
-            scaled = own * len(self.state[name]) // len(m.levels)
-            counts = counts.to(own.device) + scaled
+            counts += own * len(self.state[name]) // len(m.levels)
         return counts.view(DISTRIBUTIONS, SYMBOLS).cpu().numpy(), spread
 
     def estimate(self, step_size: float) -> float:
@@ -3211,7 +3213,7 @@ class Averages:
         losses: dict[str, float] = {}
         step_size = 0.0
         grid_alone = Calibration(calibration.grid, {}) if calibration else None
-        tokens = torch.from_numpy(data.held_out.astype(np.int64)).to(ranks.device)
+        tokens = ranks.put(data.held_out.astype(np.int64))
         inputs, targets = (
             t.view(-1, data.T).split(8)[ranks.rank :: ranks.world]
             for t in (tokens[:-1], tokens[1:])
@@ -3295,7 +3297,7 @@ class Batch(NamedTuple):
     h: Tensor  # [B,R,D]
     targets: Tensor  # [B,R]
     firsts: np.ndarray  # [B] first scored one of these rows
-    at: Tensor  # [S] index in the stream of each scored target
+    at: np.ndarray  # [S] index in the stream of each scored target
     rows: Tensor  # [S] its row in h.flatten(0, 1)
     origins: np.ndarray  # [B] index in the stream of the first of the R rows
     window: int  # number, in the pass, of the batch's first window
@@ -3660,7 +3662,7 @@ class Ctw(ScoringMethod):
             return row_nll(self.model, b.h, b.targets, b.rows)
         c = self.c
         h, targets = b.h.flatten(0, 1), b.targets.flatten()
-        log_q = self.probability(b.at.cpu()).log().to(h.device, torch.float32)
+        log_q = self.ranks.put(self.probability(torch.from_numpy(b.at)).log().float().numpy())
         nats = []
         for r, q in zip(b.rows.split(1024), log_q.split(1024), strict=True):
             logp = self.model.cap(self.model.project(h[r])).log_softmax(-1)
@@ -3748,25 +3750,33 @@ class ChunkTrainer:
         starts = np.arange(begin, end, T)
         reach = max(0, int(starts[-1]) + T - end)
         starts[-1] -= reach
-        rows = tokens[self.ranks.put(starts[:, None] + np.arange(T + 1))]
-        inputs, targets = rows[:, :-1], rows[:, 1:].clone()
+        inputs, targets = self.sequences(tokens, starts)
         targets[-1, :reach] = -100
         self.optimizer.param_groups[0]["lr"] = rate
-        for i in [*range(0, len(rows), size)] * epochs:
+        for i in [*range(0, len(inputs), size)] * epochs:
             mine = slice(i + self.ranks.rank, i + size, self.ranks.world)
             self.step(inputs[mine], targets[mine], (targets[i : i + size] >= 0).sum())
 
+    def sequences(self, tokens: Tensor, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(inputs, targets) [n,EVAL_SEQ_LEN] of sequences with these starts [n]."""
+        rows = tokens[self.ranks.put(starts[:, None] + np.arange(self.c.eval_seq_len + 1))]
+        return rows[:, :-1], rows[:, 1:].clone()
+
     def prime(self, tokens: Tensor) -> None:
-        """Compile what step() will call, on the first tokens; nothing is changed."""
-        T, world = self.c.eval_seq_len, self.ranks.world
-        whole, rest = divmod(math.ceil(self.c.ttt_chunk_tokens / T), self.c.ttt_batch_seqs)
-        sizes = {self.c.ttt_batch_seqs * (whole > 0), rest}
-        for mine in {len(range(self.ranks.rank, size, world)) for size in sizes} - {0}:
-            rows = tokens[self.ranks.put(np.zeros((mine, 1), int) + np.arange(T + 1))]
-            n = micro_batches(self.ranks, mine, T)
-            ids, goal = (part.chunk(n)[0] for part in (rows[:, :-1], rows[:, 1:]))
-            with torch.enable_grad():
-                self.model(ids, goal, "sum").backward()
+        """Compile what step() will call, on the first tokens; nothing is changed.
+
+        A graph is for one shape and one layout: tensors are cut here as in train().
+        """
+        c, ranks = self.c, self.ranks
+        n, size = math.ceil(c.ttt_chunk_tokens / c.eval_seq_len), c.ttt_batch_seqs
+        inputs, targets = self.sequences(tokens, np.zeros(n, int))
+        for i in {0, n // size * size}:  # a whole batch, and what is left over
+            mine = slice(i + ranks.rank, i + size, ranks.world)
+            if len(inputs[mine]):
+                parts = micro_batches(ranks, len(inputs[mine]), c.eval_seq_len)
+                ids, goal = (t[mine].chunk(parts)[0] for t in (inputs, targets))
+                with torch.enable_grad():
+                    self.model(ids, goal, "sum").backward()
         self.grad.zero_()
 
     def step(self, inputs: Tensor, targets: Tensor, count: Tensor) -> None:
@@ -3966,7 +3976,8 @@ def score_batch(work: Pass, windows: slice) -> list[Any]:
         tail = T
     origins, firsts = starts + T - tail, firsts - (T - tail)
     rows = np.flatnonzero(scored_rows(firsts, tail))
-    at = ranks.put((origins[:, None] + np.arange(tail)).ravel()[rows])
+    at = (origins[:, None] + np.arange(tail)).ravel()[rows]
+    places = ranks.put(at)
     padded = starts
     if ranks.compile and n:  # whole batches only: one shape a tail is compiled
         padded = starts[np.minimum(np.arange(work.batch_windows), n - 1)]
@@ -3978,10 +3989,10 @@ def score_batch(work: Pass, windows: slice) -> list[Any]:
     batch = Batch(h, targets, firsts, at, ranks.put(rows), origins, windows.start)
     moments = [ranks.moment()]
     for k, method in enumerate(work.methods):
-        work.out[k, at] = method.nats(batch)
+        work.out[k, places] = method.nats(batch)
         moments.append(ranks.moment())
-    once = torch.ones_like(work.out[-1, at])
-    work.out[-1].index_add_(0, at, once)  # += would count doubles once
+    once = torch.ones_like(work.out[-1, places])
+    work.out[-1].index_add_(0, places, once)  # += would count doubles once
     return moments
 
 

@@ -125,6 +125,7 @@ ELSEWHERE = {
     "PRESET",
     "RUN_ID",
     "DEVICE",
+    "DTYPE",
     "COMPILE",
     "ATTENTION",
     "LOAD_ARTIFACT",
