@@ -1807,8 +1807,8 @@ def choose_attention(wanted: str, ranks: Ranks) -> tuple[str, AttentionFunction,
         if wanted != name and (wanted != "auto" or name == "fa4"):
             continue
         try:
-            if not ranks.cuda or ranks.dtype == torch.float32:
-                raise ImportError("it needs a GPU and bf16")
+            if not ranks.cuda:
+                raise ImportError("it needs a GPU")
             if name == "fa4" and ranks.compile:
                 raise ImportError("it cannot be compiled; set COMPILE=0")
             function = importlib.import_module(module).flash_attn_func
@@ -1821,7 +1821,7 @@ def choose_attention(wanted: str, ranks: Ranks) -> tuple[str, AttentionFunction,
                     f"ATTENTION={name}: {module}: {why}; allowed here: auto or sdpa."
                 ) from None
             absent = isinstance(why, ModuleNotFoundError) and why.name == module
-            if ranks.cuda and ranks.dtype == torch.bfloat16 and not absent:
+            if ranks.cuda and not absent:
                 note = f"ATTENTION=auto: {module} cannot be used ({why}); taking torch's own"
     return "sdpa", sdpa_attention, note
 
