@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,3 +259,17 @@ def test_a_run_whose_time_was_up_is_over_also_when_it_is_resumed(tiny_data, tmp_
     other.log.start()
     begun = t.TrainingState(loaded, other.ranks, t.GPT(loaded))
     assert begun.resume(other) == (5, 123.4) and not begun.time_up
+
+
+def test_a_torch_for_gpus_that_sees_none_says_so(tiny, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tiny(RUN_ID="auto", DEVICE="auto", EVALS="roundtrip", ITERATIONS="1")
+    tiny(RUN_ID="cpu", DEVICE="cpu", EVALS="roundtrip", ITERATIONS="1")
+    told = [
+        Path(f"logs/{name}.txt")
+        .read_text()
+        .count("\nDEVICE=auto: this torch is for GPUs (CUDA 13.0)")
+        for name in ("auto", "cpu")
+    ]
+    assert told == [1, 0]
