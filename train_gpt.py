@@ -4373,16 +4373,20 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
         ) from None
 
 
-def time_to_end(c: Config, data: TrainData, clock: Clock, known: Rehearsal) -> float:
+def time_to_end(state: TrainingState, data: TrainData, clock: Clock, known: Rehearsal) -> float:
     """Time of two steps (the next one and one to spare), and of what follows the last step, in ms.
 
-    That is training time too: calibrating and comparing averages. Where it was not rehearsed, three
-    forwards of the held-out text are a step's work on it, and in small parts half as much again.
+    That is training time too: calibrating, unless QAT did, and comparing averages. Where it was not
+    rehearsed: three forwards are a step's work on the held-out text, half as much again in small
+    parts; so is a calibration on its text.
     """
     if not clock.measured:
         return 0.0
-    tokens = 1.5 * (len(data.held_out) + c.calibration_tokens)
-    return 2 * clock.step_ms + (known.end or tokens / c.train_batch_tokens * clock.step_ms)
+    c = state.c
+    tokens = len(data.held_out) + c.calibration_tokens * (not state.qat.step_size)
+    unrehearsed = 1.5 * tokens / c.train_batch_tokens * clock.step_ms
+    fixing = 0.0 if state.qat.step_size else known.qat_start
+    return 2 * clock.step_ms + fixing + (known.end or unrehearsed)
 
 
 def validate(run: Run, model: GPT, val: ValData, label: str, *, clock: Clock, step: int) -> None:
@@ -4419,13 +4423,12 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
     clock = Clock(ranks, 1000 * c.max_wallclock_seconds, begin, ms, known.step)
     for step in range(begin, c.iterations + 1):
         elapsed, stop, bad = clock.agreed(step, first_bad)
-        to_end = time_to_end(c, data, clock, known)
-        needed = elapsed + to_end + (0 if qat.step_size else known.qat_start)
-        state.time_up |= 0 < clock.cap_ms <= needed and step > 0
+        to_end = time_to_end(state, data, clock, known)
+        state.time_up |= 0 < clock.cap_ms <= elapsed + to_end and step > 0
         last = step == c.iterations or state.time_up
         # not just before the end, which would have to wait for the file
         every = c.save_every > 0 and step % c.save_every == 0
-        every &= not 0 < clock.cap_ms <= needed + to_end
+        every &= not 0 < clock.cap_ms <= elapsed + 2 * to_end
         save = step > begin and (stop or last or every)
         if bad or ((last or save) and first_bad.item() <= step):
             raise Fault(
