@@ -137,7 +137,7 @@ def test_bench_measures_writes_and_renders(tiny_data, tmp_path):
     )
     assert all(x > 0 for x in rows[0]["memory"].values())
     text = bench.render([out])
-    assert text.count("\n|") == 9 + 2 * 4 and "Not measured" in text
+    assert text.count("\n|") == 9 + 2 * 4 and "have not been made on a GPU" in text
 
 
 def test_bench_refuses_what_it_cannot_use(tiny_data, tmp_path):

@@ -347,10 +347,10 @@ def test_a_checkpoint_is_readable_by_its_description_alone(tiny):
     assert header["settings"]["NUM_LAYERS"] == 3 and header["tensors"][0] == [
         "counters",
         "float64",
-        [4],
+        [5],
     ]
-    step, ms, qat, snapshots = np.frombuffer(data, "<f8", 4, at)
-    assert (step, snapshots) == (12, 2) and ms > 0 and qat > 0  # QAT's step
+    step, ms, qat, snapshots, time_up = np.frombuffer(data, "<f8", 5, at)
+    assert (step, snapshots, time_up) == (12, 2, 0) and ms > 0 and qat > 0  # QAT's step
     for name, dtype, shape in header["tensors"]:
         total += np.dtype(dtype).itemsize * int(np.prod(shape, dtype=int))
     assert at + total == len(data)
