@@ -993,6 +993,7 @@ def copy_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: 
 class StopSignals:
     """Signals that asked this process to stop."""
 
+    # Windows has no SIGHUP
     NUMBERS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 
     def __init__(self) -> None:
@@ -1162,8 +1163,8 @@ class Poll:
         """[*rank 0's values, signals over all ranks, this rank's own tensor], of `lag` calls ago.
 
         None for the first `lag` calls. With wait=True it is this call's own answer, and the next
-        `lag` calls have none. All ranks call it together.
-        `tensor`, of one element, is not summed: it rides along to spare a wait of its own.
+        `lag` calls have none. All ranks call it together. `tensor`, of one element, is not summed:
+        it rides along to spare a wait of its own.
         """
         own = [value * (self.ranks.rank == 0) for value in values]
         own.append(len(STOP_SIGNALS.received))
@@ -1268,7 +1269,7 @@ class RunLog:
         """Raises BadInput if another process has this log."""
         assert self.text
         try:
-            fcntl = importlib.import_module("fcntl")
+            fcntl = importlib.import_module("fcntl")  # not on top: Windows has none
             fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BadInput(
@@ -4275,16 +4276,20 @@ def prime(c: Config, run: Run, model: GPT, data: TrainData) -> Rehearsal:
             start = ranks.moment()
             train_step(c, ranks, model, optimizer, next(feed), step=step, lr_factor=1.0)
             taken.append(ranks.ms_between(start, ranks.moment()))
-        model.recurring = bool(c.recur_layers)
-        rehearse_end(c, ranks, model, data)  # the first one warms up
-        end = rehearse_end(c, ranks, model, data)
+        end = 0.0, 0.0
+        if ranks.cuda and c.max_wallclock_seconds:  # on a CPU that takes as long as some steps
+            model.recurring = bool(c.recur_layers)
+            rehearse_end(c, ranks, model, data)  # the first one warms up
+            end = rehearse_end(c, ranks, model, data)
     step_ms = min(taken[1:], default=0.0)  # the first one compiles
     own = torch.tensor([step_ms, *end], device=ranks.device)
     found = Rehearsal(*ranks.sum(own * (ranks.rank == 0)).tolist())
-    run.log.line(
-        f"primed in {c.warmup_steps} steps: a step {found.step:.2f}ms, fixing QAT's grid"
-        f" {found.qat_start:.0f}ms, what follows the last step {found.end:.0f}ms"
-    )
+    line = f"primed in {c.warmup_steps} steps: a step {found.step:.2f}ms"
+    if found.end:
+        line += (
+            f", fixing QAT's grid {found.qat_start:.0f}ms, what follows the last {found.end:.0f}ms"
+        )
+    run.log.line(line)
     return found
 
 

@@ -233,10 +233,14 @@ def test_the_end_is_rehearsed_with_every_kind_of_end_and_nothing_remains(changes
     run.log.line = lambda text: None
     model = t.GPT(c)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    known = t.prime(c, run, model, t.TrainData(c, run.ranks))
-    assert known.step > 0 and known.end > 0
+    data = t.TrainData(c, run.ranks)
+    known = t.prime(c, run, model, data)
+    assert known.step > 0 and known.qat_start == known.end == 0  # it is rehearsed on a GPU alone
+    with t.put_back(model.parameters()):
+        model.recurring = bool(c.recur_layers)
+        qat_start, end = t.rehearse_end(c, run.ranks, model, data)
     fixes_grid = c.late_qat and c.min_lr < c.late_qat_threshold
-    assert (known.qat_start > 1) == fixes_grid
+    assert end > 0 and (qat_start > 1) == fixes_grid
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tools.logs import STAGES, LogError
 from tools.submission import LIMIT, SECONDS, differing, submission
-from tools.tables import NAMES, cells
+from tools.tables import COLUMNS, NAMES, cells
 
 
 def check_log(log):
@@ -79,18 +79,7 @@ HEADINGS = (  # heading of a table in somebody's README -> what a log says of it
 
 def getter(title, titles):
     """Function of a log that gives the number a column is about, or SKIP: our own tables' columns by name, others by what they are like."""
-    own = {
-        name.lower(): name
-        for name in (
-            "steps",
-            "step average",
-            "before averaging",
-            "float",
-            *NAMES.values(),
-            "evaluation",
-            "artifact + code",
-        )
-    }
+    own = {name.lower(): name for name in COLUMNS}
     name = title.lower()
     if name in own and "roundtrip" in titles:
         return lambda log: cells(log)[own[name]][0]

@@ -43,19 +43,22 @@ def cells(log):
     return {name: cell for name, cell in found.items() if cell}
 
 
+# Columns of our own tables of seeds, in order.
+COLUMNS = (
+    "steps",
+    "step average",
+    "before averaging",
+    "float",
+    *NAMES.values(),
+    "evaluation",
+    "artifact + code",
+)
+
+
 def table(logs):
     """Rows of text, the first the header: a row a log, then mean and sample standard deviation where there are several."""
     found = [cells(log) for log in logs]
-    order = [
-        "steps",
-        "step average",
-        "before averaging",
-        "float",
-        *NAMES.values(),
-        "evaluation",
-        "artifact + code",
-    ]
-    names = [name for name in order if any(name in row for row in found)]
+    names = [name for name in COLUMNS if any(name in row for row in found)]
     rows = [["seed", *names]]
     rows += [
         [
