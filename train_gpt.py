@@ -1768,13 +1768,18 @@ def split_banks(state: Mapping[str, Tensor], num_layers: int) -> dict[str, Tenso
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def repeats_heads(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether SDPA gets a key/value head for each head: in fp32 a GPU has no kernel with fewer."""
+    return device.type == "cuda" and dtype == torch.float32
+
+
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention by torch's scaled_dot_product_attention."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     rows, length = q.size(2), k.size(2)
     mask = None
-    # with a mask, and in fp32 on a GPU, torch has no kernel that knows fewer key/value heads
-    if rows < length or (q.is_cuda and q.dtype == torch.float32):
+    # with a mask torch takes a kernel that does not know fewer key/value heads
+    if rows < length or repeats_heads(q.device, q.dtype):
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
     if rows < length:
         mask = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
@@ -1835,8 +1840,7 @@ def attention_kernel(name: str, c: Config, ranks: Ranks) -> str:
     """
     if name != "sdpa" or ranks.device.type == "mps":
         return name
-    repeated = ranks.cuda and ranks.dtype == torch.float32  # as in sdpa_attention()
-    kv_heads = c.num_heads if repeated else c.num_kv_heads
+    kv_heads = c.num_heads if repeats_heads(ranks.device, ranks.dtype) else c.num_kv_heads
     q, k = (
         torch.empty(
             (1, heads, c.train_seq_len, c.model_dim // c.num_heads),
