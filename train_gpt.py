@@ -981,6 +981,20 @@ def copy_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: 
             tensor.copy_(state[name])
 
 
+def copy_what_both_have(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str | Path
+) -> set[str]:
+    """Copy tensors of names that are in state and own; their names.
+
+    Raises BadInput if there are none, or their shapes differ.
+    """
+    both = own.keys() & state.keys()
+    if not both:
+        raise BadInput(f"{where}: has no tensor of this model; give a checkpoint of such a one.")
+    copy_tensors({n: own[n] for n in both}, {n: state[n] for n in both}, where)
+    return both
+
+
 # ==================================================================================================
 # 5. Ranks, log, checkpoint store, stop signals
 #
@@ -2511,6 +2525,7 @@ LEVELS = {"int6": 31, "int8": 127, "int10": 511}  # largest level of a kind
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 DISTRIBUTIONS = 64
 SYMBOLS = 1023  # levels -511 to 511
+FP16_MAX = 65504.0
 BITS = 14  # of a frequency: those of a distribution add up to 2**BITS
 MODEL_SETTINGS = [s.name for s in SETTINGS.values() if s.in_artifact]
 
@@ -2590,7 +2605,7 @@ def row_scales(w: Tensor, largest: int) -> Tensor:
         at = (1 - p) * last
         low, high = int(at), math.ceil(at)
         clip = top[..., low : low + 1].lerp(top[..., high : high + 1], at - low)
-        scale = (clip / largest).clamp(2.0**-24, 65504.0).half().float()
+        scale = (clip / largest).clamp(2.0**-24, FP16_MAX).half().float()
         error = (w - nearest_levels(w, scale, largest).mul_(scale)).square_()
         scales.append(scale)
         errors.append(error.sum(-1, keepdim=True))
@@ -2607,6 +2622,15 @@ def spacing(rows: Tensor, columns: Tensor, step_size: float) -> Tensor:
     """Distances [...,rows,columns] between levels, from what is stored of one matrix or several."""
     by_row = rows.float() if rows.dtype == torch.half else step_size * torch.exp2(rows / 4)
     return by_row[..., None] * torch.exp2(columns / 4)[..., None, :]
+
+
+def bytes_beside(state: Mapping[str, Tensor], kinds: Mapping[str, str]) -> float:
+    """Bytes of an artifact but for its levels, about: steps of matrices, and plain tensors."""
+    sizes = {"fp16": 2, "fp32": 4}
+    return sum(
+        1.5 * sum(t.shape) if kinds[name] in LEVELS else t.numel() * sizes[kinds[name]]
+        for name, t in state.items()
+    )
 
 
 def spreads(levels: Tensor) -> Tensor:
@@ -2791,12 +2815,8 @@ class Quantizer:
 
     def estimate(self, step_size: float) -> float:
         """Bytes of the artifact by the entropy of 64 rows of each matrix."""
-        sizes = {"fp16": 2, "fp32": 4}
-        beside = sum(  # of what is no level, about
-            1.5 * sum(t.shape) if name in self.names else t.numel() * sizes[self.kinds[name]]
-            for name, t in self.state.items()
-        )
-        return entropy_bytes(self.census(self.quantise(step_size, thin=True))[0]) + beside
+        levels = entropy_bytes(self.census(self.quantise(step_size, thin=True))[0])
+        return levels + bytes_beside(self.state, self.kinds)
 
     def search(self, cap: float) -> float:
         """The finest step size if estimate() is under cap there, else that at which it just is."""
@@ -2830,7 +2850,7 @@ class Quantizer:
         if best is None:
             raise Fault(
                 f"ARTIFACT_BYTES={self.c.artifact_bytes}: code leaves {cap} bytes, the weights take"
-                f" {len(blob)}; train a smaller model."
+                f" {len(blob)}; export the last checkpoint with more (LOAD_CHECKPOINT)."
             )
         return best
 
@@ -2902,7 +2922,7 @@ class GptqLite(Quantizer):
         """Scales of rows, fp16; the step size binds int6 only. Columns are all the same."""
         floor = step_size if self.kinds[name] == "int6" else 0
         columns = torch.zeros_like(self.state[name][..., 0, :], dtype=torch.int8)
-        return self.scales[name].clamp_min(floor).half(), columns
+        return self.scales[name].clamp(floor, FP16_MAX).half(), columns
 
 
 class RateDistortion(Quantizer):
@@ -3017,6 +3037,25 @@ def bytes_for_weights(c: Config) -> int:
     return c.artifact_bytes - code_bytes()
 
 
+def refuse_cap(c: Config, model: GPT) -> None:
+    """Raises BadInput for an ARTIFACT_BYTES that no steps could meet, however wide.
+
+    There all levels are 0, but GPTQ-lite's int8 ones, which it does not widen: a byte each.
+    """
+    kind_of = GptqLite.level_kind if c.quant == "gptq_lite" else RateDistortion.level_kind
+    state = split_banks(model.state_dict(), c.num_layers)
+    kinds = {name: kind_of(c, export_kind(c, name)) for name in state}
+    least = bytes_beside(state, kinds)
+    if c.quant == "gptq_lite":
+        least += sum(t.numel() for name, t in state.items() if kinds[name] == "int8")
+    if bytes_for_weights(c) < least:
+        raise BadInput(
+            f"ARTIFACT_BYTES={c.artifact_bytes}: code takes {code_bytes()} bytes, the coarsest"
+            f" artifact up to {math.ceil(least)}; set {code_bytes() + math.ceil(least)} or more, or"
+            " make the model smaller."
+        )
+
+
 def unpack_matrices(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """fp32 matrices by name of an artifact, whose parts are taken out of tensors.
 
@@ -3124,9 +3163,9 @@ def load_state(model: GPT, state: Mapping[str, Tensor], where: str | Path) -> No
 
 
 def export(c: Config, run: Run, model: GPT, calibration: Calibration | None) -> None:
-    """Rank 0 quantises and writes, unless it did before; all ranks load what is read back."""
-    path = run.log.folder / "final_model.ptz"
-    if run.ranks.rank == 0 and "artifact" not in run.log.rows:
+    """Rank 0 quantises and writes."""
+    if run.ranks.rank == 0:
+        path = run.log.folder / "final_model.ptz"
         began = perf_counter()
         # in an artifact RECUR_START=0 says that recurrence was on, another that it never came to it
         trained = dataclasses.replace(c, recur_start=0) if model.recurring else c
@@ -3142,12 +3181,22 @@ def export(c: Config, run: Run, model: GPT, calibration: Calibration | None) -> 
         run.log.line(f"Code size: {code} bytes (packed; source {source} bytes)")
         run.log.line(f"Serialized model {kind}: {len(blob)} bytes")
         run.log.line(f"Total submission size {kind}: {len(blob) + code} bytes")
+        run.log.metric("artifact_file", sha256=hashlib.sha256(blob).hexdigest())
         sizes = dict(model_bytes=len(blob), code_bytes=code, total_bytes=len(blob) + code)
         run.log.metric("artifact", **sizes)
-    data = path.read_bytes() if run.ranks.rank == 0 else b""
-    state, settings = unpack(run.ranks.share(data))
-    load_state(model, state, path)
-    model.recurring = bool(c.recur_layers) and settings["RECUR_START"] == 0
+
+
+def read_export(run: Run) -> bytes | bytearray:
+    """The artifact that this run logged, for all ranks; nothing if it has gone or is another."""
+    data = b""
+    if run.ranks.rank == 0 and "artifact" in run.log.rows:
+        path = run.log.folder / "final_model.ptz"
+        with contextlib.suppress(OSError):
+            data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != run.log.rows["artifact_file"]["sha256"]:
+            run.log.line(f"{path}: is not what this run wrote; exporting the last checkpoint again")
+            data = b""
+    return run.ranks.share(data)
 
 
 # ==================================================================================================
@@ -3171,10 +3220,15 @@ class Averages:
 
     @torch.no_grad()
     def update(self, lr_factor: float) -> None:
-        """Take in the weights after a step at this factor on rates."""
+        """Take in the weights after a step at this factor on rates.
+
+        SWA begins anew where rates have risen again, as they do after LOAD_CHECKPOINT.
+        """
         c = self.c
         self.steps += 1
         n = self.steps
+        if lr_factor >= 0.2:
+            self.snapshots = 0
         if c.ema_enabled:
             decay = min(c.ema_decay, (1 + n) / (10 + n))
             torch._foreach_lerp_(self.kept["ema"], self.params, 1 - decay)
@@ -3190,7 +3244,7 @@ class Averages:
         found = {"none": [p.detach().clone() for p in self.params]}
         if "ema" in self.kept:
             found["ema"] = self.kept["ema"]
-        if self.snapshots:
+        if "swa" in self.kept and self.snapshots:
             found["swa"] = self.kept["swa"]
         taken = self.steps // self.c.lawa_freq
         lawa = [weights for kind, weights in self.kept.items() if kind.startswith("lawa")][:taken]
@@ -4323,6 +4377,7 @@ class TrainingState:
         self.averages = Averages(c, model.parameters())
         self.qat = LateQat(c, model)
         self.time_up = False
+        self.apart = 0.0  # nats of val_loss over train_loss that were warned of
 
     def tensors(self, step: int = 0, ms: float = 0.0) -> dict[str, Tensor]:
         """Live tensors by name: all of a checkpoint but its header, which has the settings.
@@ -4342,17 +4397,17 @@ class TrainingState:
     def resume(self, run: Run) -> tuple[int, float]:
         """(step, ms) after taking in the last checkpoint, or LOAD_CHECKPOINT, if there is one.
 
-        Late QAT begins anew after LOAD_CHECKPOINT: that run's grid was fixed for its weights and
-        its ARTIFACT_BYTES. Raises BadInput for a checkpoint of another model.
+        Raises BadInput for a checkpoint of another model.
         """
         own = self.tensors()
         there = run.store.restore("checkpoint")
-        if not there:
+        if there:
+            copy_tensors(own, there, "checkpoint")
+        else:
             there = read_checkpoint(self.c.load_checkpoint)
-            own, there = (without_grid(tensors) for tensors in (own, there))
-        if not there:
-            return 0, 0.0
-        copy_tensors(own, there, "checkpoint")
+            if not there:
+                return 0, 0.0
+            run.log.line(self.take_what_fits(own, there))
         step, ms, step_size, snapshots, time_up = own["counters"].tolist()
         self.averages.steps, self.averages.snapshots = int(step), int(snapshots)
         self.qat.step_size = step_size
@@ -4361,14 +4416,44 @@ class TrainingState:
         self.optimizer.take_momentum(own, names)
         return int(step), ms
 
+    @torch.no_grad()
+    def take_what_fits(self, own: Mapping[str, Tensor], there: dict[str, Tensor]) -> str:
+        """Copy what LOAD_CHECKPOINT has into own; a line that says what begins anew.
 
-def without_grid(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors with late QAT off, and time to go on."""
-    found = {name: t for name, t in tensors.items() if not name.startswith("grid.")}
-    if found:
-        found["counters"] = found["counters"].clone()
-        found["counters"][[2, 4]] = 0.0
-    return found
+        Late QAT always does: that run's grid was fixed for its weights and its ARTIFACT_BYTES. An
+        average that is new begins with the weights that are loaded, a new parameter with its
+        initial values. Raises BadInput unless the shapes of what both have are equal.
+        """
+        grid = {name for name in {*own, *there} if name.startswith("grid.")}
+        without_grid = {name: tensor for name, tensor in own.items() if name not in grid}
+        where = f"LOAD_CHECKPOINT={self.c.load_checkpoint}"
+        both = copy_what_both_have(without_grid, there, where)
+        own["counters"][[2, 4]] = 0.0  # QAT is off, and there is time to go on
+        averages = tuple(f"{kind}." for kind in self.averages.kept)
+        new = own.keys() - both - grid
+        for name in new:
+            if name.startswith(averages):
+                own[name].copy_(own[name.partition(".")[2]])
+        if not any(name.startswith("swa.") for name in both):
+            own["counters"][3] = 0.0
+        line = f"LOAD_CHECKPOINT: step {there['counters'][0]:.0f}"
+        for words, names in (("begin anew", new), ("left out", there.keys() - own.keys() - grid)):
+            if names:
+                line += f"; {words}: {' '.join(names_of_state(names))}"
+        return line
+
+
+def names_of_state(names: Iterable[str]) -> list[str]:
+    """Averages and parameters that names of a checkpoint's tensors belong to; not the optimiser's.
+
+    An average is named once, not for each parameter.
+    """
+    found = set()
+    for name in names:
+        kind = name.partition(".")[0].rstrip("0123456789")
+        if kind not in ("momentum", "step", "exp_avg", "exp_avg_sq"):
+            found.add(kind if kind in ("ema", "swa", "lawa") else name)
+    return sorted(found)
 
 
 def read_checkpoint(path: str) -> dict[str, Tensor]:
@@ -4380,6 +4465,9 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
             f"LOAD_CHECKPOINT={path}: {str(why)[:160]}; give the path of a whole"
             " checkpoint.STEP.ckpt."
         ) from None
+
+
+APART = 0.5  # nats by which val_loss may part from train_loss before a warning says so
 
 
 def time_to_end(state: TrainingState, data: TrainData, clock: Clock, known: Rehearsal) -> float:
@@ -4398,13 +4486,33 @@ def time_to_end(state: TrainingState, data: TrainData, clock: Clock, known: Rehe
     return 2 * clock.step_ms + fixing + (known.end or unrehearsed)
 
 
-def validate(run: Run, model: GPT, val: ValData, label: str, *, clock: Clock, step: int) -> None:
-    """Log val_loss on disjoint windows; the time it takes is no training time."""
+def validate(
+    run: Run,
+    state: TrainingState,
+    val: ValData,
+    *,
+    clock: Clock,
+    step: int,
+    train_loss: Tensor | None,
+) -> None:
+    """Log val_loss on disjoint windows; the time it takes is no training time.
+
+    A warning says where it is far over train_loss, the last step's, if there was one: again only
+    when that has grown as much.
+    """
+    c = state.c
     ms = clock.now()
-    nats, _ = score(run, model, val, [("roundtrip", model.c)])[0]
+    nats, _ = score(run, state.model, val, [("roundtrip", c)])[0]
     loss, bpb = mean_and_bpb(val, nats)
-    average = ms / max(step, 1)
-    run.log.metric(label, digits=4, val_loss=loss, val_bpb=bpb, train_time=ms, step_avg=average)
+    figures = dict(val_loss=loss, val_bpb=bpb, train_time=ms, step_avg=ms / max(step, 1))
+    run.log.metric(f"step:{step}/{c.iterations}", digits=4, **figures)
+    apart = 0.0 if train_loss is None else loss - train_loss.item()
+    if apart > state.apart + APART:
+        state.apart = apart
+        run.log.line(
+            f"warning: val_loss is {apart:.2f} nats over train_loss: text of another kind, or"
+            " training text known by heart, or (late QAT) weights that training rounds away"
+        )
     clock.leave_out(ms)
 
 
@@ -4428,6 +4536,7 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
     feed = data.batches(begin)
     # the first step, from 1, whose loss or gradient was not finite; past the end: none
     first_bad = torch.full((), c.iterations + 1, device=ranks.device)
+    loss: Tensor | None = None
     model.recurring = bool(c.recur_layers) and (begin > c.recur_start or not c.recur_start)
     clock = Clock(ranks, 1000 * c.max_wallclock_seconds, begin, ms, known.step)
     for step in range(begin, c.iterations + 1):
@@ -4451,7 +4560,7 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
         if stop:
             run.stop()
         if last or (c.val_loss_every and step % c.val_loss_every == 0):
-            validate(run, model, val, f"step:{step}/{c.iterations}", clock=clock, step=step)
+            validate(run, state, val, clock=clock, step=step, train_loss=loss)
         if last:
             break
         if c.recur_layers and step == c.recur_start:
@@ -4538,7 +4647,10 @@ def run_all(c: Config) -> None:
         data = TrainData(c, ranks)
         refuse_validation_text(data, val)
     model = GPT(c, ranks.dtype, attend)
-    if state is not None:
+    if state is None:
+        refuse_cap(c, model)
+        refuse_checkpoint(c, model)
+    else:
         load_state(model, state, f"LOAD_ARTIFACT={c.load_artifact}")
     run.log.start()
     model.to(ranks.device)
@@ -4576,17 +4688,46 @@ def carry_out(c: Config, run: Run, model: GPT, data: TrainData | None, val: ValD
         passes = [row for n, row in run.log.rows.items() if n.startswith("pass_artifact")]
         total = sum(row["eval_time"] + row.get("compile_time", 0) for row in passes)
         run.log.metric("eval_total", eval_time=total)
+    warn_of_scores(c, run)
     if run.ranks.world > 1:
         dist.barrier()  # the rank that ends first takes the others' connections with it
 
 
-def refuse_checkpoint(c: Config) -> None:
-    """Raises BadInput for a LOAD_CHECKPOINT that is no checkpoint, or from past ITERATIONS."""
+DAMAGE = 0.1  # nats that the artifact may lose before a warning says so
+
+
+def warn_of_scores(c: Config, run: Run) -> None:
+    """Say what a reader could overlook: a model that lost much in the export, or knows nothing."""
+    trained = run.log.rows.get("final_float_roundtrip")
+    of_artifact = [n for n in run.log.rows if n.startswith("final_artifact_")]
+    if not of_artifact:
+        return
+    best = min(run.log.rows[name]["val_loss"] for name in of_artifact)
+    if trained and best - trained["val_loss"] > DAMAGE:
+        run.log.line(
+            f"warning: the artifact's best val_loss is {best - trained['val_loss']:.2f} nats over"
+            " the trained model's; a larger ARTIFACT_BYTES loses less, or a smaller model"
+        )
+    if best > math.log(c.vocab_size):
+        run.log.line(
+            f"warning: the best val_loss, {best:.2f}, is over ln(VOCAB_SIZE), that of guessing:"
+            " not trained, or at rates that are too high"
+        )
+
+
+def refuse_checkpoint(c: Config, model: GPT | None = None) -> None:
+    """Raises BadInput for a LOAD_CHECKPOINT that is none, past ITERATIONS, or of another model."""
     loaded = read_checkpoint(c.load_checkpoint)
-    if loaded and loaded["counters"][0] > c.iterations:
+    if not loaded:
+        return
+    if loaded["counters"][0] > c.iterations:
         raise BadInput(
             f"ITERATIONS={c.iterations}: the checkpoint is of step {loaded['counters'][0]:.0f};"
             " give that or more."
+        )
+    if model is not None:
+        copy_what_both_have(
+            dict(model.named_parameters()), loaded, f"LOAD_CHECKPOINT={c.load_checkpoint}"
         )
 
 
@@ -4602,17 +4743,34 @@ def refuse_validation_text(data: TrainData, val: ValData) -> None:
 
 def train_and_export(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> None:
     """Train unless the artifact is there from before a restart; the model is then the artifact."""
-    calibration = None
     run.log.line(
         f"train_shards:{len(data.shards)} train_tokens:{sum(map(len, data.shards))}"
         f" heldout_tokens:{len(data.held_out)}"
     )
-    if "artifact" not in run.log.rows:
+    artifact = read_export(run)
+    if not artifact:
+        before = run.log.rows.get("artifact_file")
         calibration = train(c, run, model, data, val)
         if c.prequant_ttt_enabled:
             train_on_validation(c, run, model, val)
         evaluate(c, run, model, val, "float", labels=["roundtrip"])
-    export(c, run, model, calibration)
+        export(c, run, model, calibration)
+        artifact = read_export(run)
+        if before and before["sha256"] != hashlib.sha256(artifact).hexdigest():
+            forget_scores(run)
+    state, settings = unpack(artifact)
+    load_state(model, state, run.log.folder / "final_model.ptz")
+    model.recurring = bool(c.recur_layers) and settings["RECUR_START"] == 0
+
+
+def forget_scores(run: Run) -> None:
+    """Evaluate anew: the scores from before a restart are of another artifact."""
+    run.log.line("the artifact is not as it was before: it is evaluated from the beginning")
+    of_artifact = ("pass_artifact", "final_artifact", "eval_total")
+    run.log.rows = {n: row for n, row in run.log.rows.items() if not n.startswith(of_artifact)}
+    if run.ranks.rank == 0:
+        for path in run.store.paths("progress_artifact*"):
+            path.unlink()
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import lzma
 import math
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +160,40 @@ def test_artifact_lands_just_under_the_cap(cap):
     assert q.fit(10**6) == q.pack(q.finest)
 
 
-def test_artifact_that_cannot_fit_is_a_fault_that_keeps_the_weights(tiny):
+@pytest.mark.parametrize("quant", ["rd", "gptq_lite"])
+def test_a_cap_that_no_steps_can_meet_is_refused_with_one_that_would_do(quant, tiny):
+    for cap in (1000, t.code_bytes(), t.code_bytes() + 2000):
+        with pytest.raises(t.BadInput, match=f"ARTIFACT_BYTES={cap}: code takes") as refused:
+            tiny(ARTIFACT_BYTES=str(cap), QUANT=quant, EVALS="none")
+    assert not Path("logs").exists()  # before anything begins
+    enough = re.search(r"set (\d+) or more", str(refused.value))[1]
+    done = tiny(ARTIFACT_BYTES=enough, QUANT=quant, EVALS="none", ITERATIONS="40")
+    assert done["artifact"]["total_bytes"] <= int(enough)
+    with pytest.raises(t.BadInput, match=f"ARTIFACT_BYTES={int(enough) - 1}: "):
+        tiny(ARTIFACT_BYTES=str(int(enough) - 1), QUANT=quant, EVALS="none")
+
+
+@pytest.mark.parametrize("quant", ["rd", "gptq_lite"])
+def test_the_coarsest_steps_are_finite_and_make_every_level_0_that_may_widen(quant):
+    c = config(QUANT=quant)
+    model = random_model(c)
+    state = model.state_dict()
+    shapes = {
+        n: w.shape for n, w in t.split_banks(state, 3).items() if t.export_kind(c, n) in t.LEVELS
+    }
+    grid = {n: torch.zeros(sum(shape), dtype=torch.int8) for n, shape in shapes.items()}
+    calibration = None if quant == "gptq_lite" else t.Calibration(grid, {})
+    quantizer = t.make_quantizer(c, state, calibration)
+    coarsest = quantizer.search(0.0)
+    found = quantizer.quantise(coarsest)
+    for name, matrix in found.items():
+        assert (quant == "gptq_lite" and quantizer.kinds[name] == "int8") or not matrix.levels.any()
+    assert all(torch.isfinite(x).all() for x in quantizer.rounded(coarsest).values())
+
+
+def test_artifact_that_cannot_fit_is_a_fault_that_keeps_the_weights(tiny, monkeypatch):
+    """Not even where it was not foreseen."""
+    monkeypatch.setattr(t, "refuse_cap", lambda *_: None)
     with pytest.raises(t.Fault, match="ARTIFACT_BYTES=.*: code leaves 2000 bytes"):
         tiny(ARTIFACT_BYTES=str(t.code_bytes() + 2000), EVALS="none")
     header, tensors = t.unseal(bytearray(Path("logs/run0/checkpoint.000000012.ckpt").read_bytes()))

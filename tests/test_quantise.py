@@ -1,6 +1,7 @@
 """Quantising: coder, steps by cost, GPTQ, byte budget, QAT, averages, and going on from a checkpoint without training."""
 
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -336,6 +337,52 @@ def test_late_qat_begins_anew_from_a_loaded_checkpoint(tiny):
     last = anew["step:30/30"]
     assert last["val_loss"] < anew["step:15/30"]["val_loss"] + 0.02
     assert anew["average_none"]["heldout_train_loss"] < last["train_loss"] + 0.5
+
+
+def test_a_checkpoint_is_taken_in_as_far_as_it_fits(tiny):
+    """What is new begins anew, what has no place is left out, and a line says both."""
+    tiny(RUN_ID="made", EVALS="none", EMA_ENABLED="0", VRL_ENABLED="1", LATE_QAT_THRESHOLD="0.9")
+    path = "logs/made/checkpoint.000000012.ckpt"
+    there = t.read_checkpoint(path)
+    changes = dict(LAWA_ENABLED="1", LAWA_K="2", GATED_ATTENTION="1", SWA_ENABLED="0")
+    changes |= dict(ITERATIONS="13", MATRIX_LR="0", TIED_EMBED_LR="0", SCALAR_LR="0")
+    begun = tiny(
+        RUN_ID="new", LOAD_CHECKPOINT=path, EVALS="roundtrip", QUANT="gptq_lite", **changes
+    )
+    log = Path("logs/new.txt").read_text()
+    (line,) = [row for row in log.splitlines() if row.startswith("LOAD_CHECKPOINT:")]
+    gates = [f"blocks.{i}.attn.attn_gate.{kind}" for i in range(3) for kind in ("bias", "weight")]
+    vrl = [f"blocks.{i}.attn.vrl_gate" for i in (1, 2)]
+    new = " ".join([*gates, "ema", "lawa"])
+    assert line == f"LOAD_CHECKPOINT: step 12; begin anew: {new}; left out: {' '.join(vrl)} swa"
+    saved = t.read_checkpoint("logs/new/checkpoint.000000013.ckpt")
+    for kind in ("ema", "lawa0", "lawa1"):  # not the initial weights
+        assert torch.equal(saved[f"{kind}.tok_emb.weight"], there["tok_emb.weight"])
+    assert begun["final_artifact_roundtrip"]["val_loss"] < 5.95
+
+
+def test_swa_begins_anew_when_rates_rise_again(tiny):
+    tiny(RUN_ID="made", EVALS="none")
+    path = "logs/made/checkpoint.000000012.ckpt"
+    assert t.read_checkpoint(path)["counters"][3] == 2
+    tiny(RUN_ID="same", EVALS="none", LOAD_CHECKPOINT=path)
+    tiny(RUN_ID="more", EVALS="none", LOAD_CHECKPOINT=path, ITERATIONS="40")
+    told = [
+        re.findall(r"swa_snapshots:(\d+)$", Path(f"logs/{n}.txt").read_text(), re.M)
+        for n in ("same", "more")
+    ]
+    assert told == [["2"], ["2"]]  # of steps 11 and 12, and of 39 and 40
+
+
+@pytest.mark.parametrize("quant", ["rd", "gptq_lite"])
+def test_late_qat_does_no_harm_to_a_continued_run(quant, tiny):
+    """Weights that had left a grid that was fixed for others once ended at 10 nats."""
+    settings = dict(QUANT=quant, EVALS="roundtrip", VAL_LOSS_EVERY="0")
+    tiny(RUN_ID="begun", LATE_QAT_THRESHOLD="0.9", **settings)
+    settings |= dict(LOAD_CHECKPOINT="logs/begun/checkpoint.000000012.ckpt", ITERATIONS="50")
+    on, off = (tiny(LATE_QAT=value, **settings) for value in "10")
+    for label in ("step:50/50", "final_float_roundtrip", "final_artifact_roundtrip"):
+        assert on[label]["val_loss"] < off[label]["val_loss"] + 0.01, label
 
 
 def test_a_checkpoint_past_the_end_is_refused(tiny):

@@ -173,6 +173,43 @@ def test_a_finished_run_is_left_as_it_is(tiny):
     ) == (size, artifact)
 
 
+@pytest.mark.parametrize("damage", ["lost", "cut", "of another run"])
+def test_an_artifact_that_is_not_the_runs_is_exported_again(damage, tiny):
+    run = dict(RUN_ID="one", EVALS="roundtrip,sliding_window")
+    first = tiny(**run)
+    path = Path("logs/one/final_model.ptz")
+    whole = path.read_bytes()
+    if damage == "lost":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(whole[:-9])
+    else:
+        tiny(RUN_ID="two", SEED="2", EVALS="none")
+        path.write_bytes(Path("logs/two/final_model.ptz").read_bytes())
+    again = tiny(**run, RESUME="1")
+    log = Path("logs/one.txt").read_text()
+    assert f"{path}: is not what this run wrote; exporting the last checkpoint again" in log
+    assert "resuming from logs/one/checkpoint.000000012.ckpt" in log
+    assert path.read_bytes() == whole and timeless(again) == timeless(first)
+    scored = [row for row in log.splitlines() if row.startswith("final_artifact_roundtrip")]
+    assert len(scored) == 1  # the artifact is the same: what was scored stays
+
+
+def test_scores_of_another_artifact_are_not_kept(tiny, monkeypatch):
+    """As on another machine, where rounding gives other bytes."""
+    run = dict(RUN_ID="one", EVALS="roundtrip")
+    tiny(**run)
+    Path("logs/one/final_model.ptz").unlink()
+    pack = t.Quantizer.pack
+    monkeypatch.setattr(t.Quantizer, "pack", lambda self, size: pack(self, 2 * size))
+    again = tiny(**run, RESUME="1")
+    log = Path("logs/one.txt").read_text()
+    assert "\nthe artifact is not as it was before" in log
+    scores = re.findall(r"^final_artifact_roundtrip val_loss:(\S+)", log, re.M)
+    assert len(scores) == 2 and scores[0] != scores[1]
+    assert f"{again['final_artifact_roundtrip']['val_loss']:.8f}" == scores[1]
+
+
 def test_resume_without_anything_to_go_on_with_is_a_new_run(tiny):
     same(tiny(RUN_ID="a", RESUME="1", **EVERYTHING), tiny(RUN_ID="b", **EVERYTHING))
     with pytest.raises(t.BadInput, match="RESUME=1: needs the RUN_ID"):
