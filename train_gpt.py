@@ -4698,20 +4698,22 @@ DAMAGE = 0.1  # nats that the artifact may lose before a warning says so
 
 def warn_of_scores(c: Config, run: Run) -> None:
     """Say what a reader could overlook: a model that lost much in the export, or knows nothing."""
-    trained = run.log.rows.get("final_float_roundtrip")
-    of_artifact = [n for n in run.log.rows if n.startswith("final_artifact_")]
-    if not of_artifact:
+    rows = run.log.rows
+    causal = [n for n, row in rows.items() if n.startswith("final_artifact_") and row["causal"]]
+    if not causal:
         return
-    best = min(run.log.rows[name]["val_loss"] for name in of_artifact)
-    if trained and best - trained["val_loss"] > DAMAGE:
+    best = min(rows[name]["val_loss"] for name in causal)
+    loss = rows.get("final_artifact_roundtrip", {}).get("val_loss", best)
+    trained = rows.get("final_float_roundtrip", {}).get("val_loss", loss)
+    if loss - trained > DAMAGE:
         run.log.line(
-            f"warning: the artifact's best val_loss is {best - trained['val_loss']:.2f} nats over"
-            " the trained model's; a larger ARTIFACT_BYTES loses less, or a smaller model"
+            f"warning: the artifact's val_loss is {loss - trained:.2f} nats over the trained"
+            " model's; a larger ARTIFACT_BYTES loses less, or a smaller model"
         )
     if best > math.log(c.vocab_size):
         run.log.line(
-            f"warning: the best val_loss, {best:.2f}, is over ln(VOCAB_SIZE), that of guessing:"
-            " not trained, or at rates that are too high"
+            f"warning: val_loss {best:.2f} is over ln(VOCAB_SIZE), that of guessing: too few steps,"
+            " or rates that are too high"
         )
 
 
