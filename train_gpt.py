@@ -4657,18 +4657,9 @@ def run_all(c: Config) -> None:
     ranks.broadcast(model.parameters())  # initial ones differ where processors do
     if ranks.compile:
         compile_model(model)
-    run.log.line(
-        f"model_params:{sum(p.numel() for p in model.parameters())}"
-        f" attention:{attention_kernel(name, c, ranks)} val_tokens:{val.n} (the last {val.dropped}"
-        f" fill no window) val_bytes:{val.total_bytes}"
-    )
+    log_start(c, run, model, val, attention_kernel(name, c, ranks))
     if note:
         run.log.line(note)
-    if c.device == "auto" and torch.version.cuda and not ranks.cuda:
-        run.log.line(
-            f"DEVICE=auto: this torch is for GPUs (CUDA {torch.version.cuda}) and sees none;"
-            " running on the CPU"
-        )
     if __name__ == "__main__":
         STOP_SIGNALS.install()
     try:
@@ -4677,6 +4668,19 @@ def run_all(c: Config) -> None:
         run.store.writer.shutdown()  # ends with the checkpoint that is being written
         run.log.line(f"error: {problem}")
         raise
+
+
+def log_start(c: Config, run: Run, model: GPT, val: ValData, attention: str) -> None:
+    """Log what is about to run: model, attention kernel, validation data; a CPU that was not meant."""
+    run.log.line(
+        f"model_params:{sum(p.numel() for p in model.parameters())} attention:{attention}"
+        f" val_tokens:{val.n} (the last {val.dropped} fill no window) val_bytes:{val.total_bytes}"
+    )
+    if c.device == "auto" and torch.version.cuda and not run.ranks.cuda:
+        run.log.line(
+            f"DEVICE=auto: this torch is for GPUs (CUDA {torch.version.cuda}) and sees none;"
+            " running on the CPU"
+        )
 
 
 def carry_out(c: Config, run: Run, model: GPT, data: TrainData | None, val: ValData) -> None:
