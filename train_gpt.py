@@ -4671,7 +4671,7 @@ def run_all(c: Config) -> None:
 
 
 def log_start(c: Config, run: Run, model: GPT, val: ValData, attention: str) -> None:
-    """Log what is about to run: model, attention kernel, validation data; a CPU that was not meant."""
+    """Log what is about to run, and a CPU that was not meant."""
     run.log.line(
         f"model_params:{sum(p.numel() for p in model.parameters())} attention:{attention}"
         f" val_tokens:{val.n} (the last {val.dropped} fill no window) val_bytes:{val.total_bytes}"
