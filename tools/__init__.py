@@ -6,5 +6,6 @@
     quantise    one checkpoint through several quantisers and byte budgets
     bench       how fast the script is, beside the plain PyTorch versions in plain
 
-report's parts: logs reads them; tables, significance, checks, submission, follow and figures say what is in them.
+report's parts: logs reads them; tables, significance, checks, submission, follow and figures say what is in them; bytecount counts
+their text anew.
 """

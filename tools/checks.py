@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tools.bytecount import check_bytes
 from tools.logs import STAGES, LogError
 from tools.submission import LIMIT, SECONDS, differing, submission
 from tools.tables import COLUMNS, NAMES, cells
@@ -39,6 +40,7 @@ def check_log(log):
         breaks = f" breaks {score.breaks}" if score.breaks else ""
         told = f"{NAMES[score.stage]} {score.val_bpb:.8f}{breaks}"
         yield f"{name}: the score is causal", score.causal, told
+    yield check_bytes(log, score)
 
 
 def within(what, seconds, limit, suffix=""):
