@@ -80,14 +80,28 @@ def decoded_bytes(sp, ids):
     return len(sp.decode(ids).replace(SPACE, " ").encode())
 
 
+def by_pieces(sp, tokens):
+    """Bytes of tokens[1:] by the challenge's rule, and in the two ways to count a leading space twice, as {what: bytes}."""
+    ids = range(sp.vocab_size())
+    pieces = [sp.id_to_piece(i).replace(SPACE, " ") for i in ids]
+    boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
+    space = np.array([piece.startswith(" ") for piece in pieces]) & ~boundary
+    size = [1 if sp.is_byte(i) else len(pieces[i].encode()) - int(space[i]) for i in ids]
+    bare = int(np.where(boundary, 0, size)[tokens[1:]].sum(dtype=np.int64))
+    within, after = (
+        int(x.sum()) for x in (space[tokens[1:]], space[tokens[1:]] & ~boundary[tokens[:-1]])
+    )
+    return {"rule": bare + after, "twice": bare + within + after, "twice inside": bare + 2 * after}
+
+
 @functools.cache
 def recount(shards, tokenizer, window):
-    """(targets, bytes, whether a space is a piece of its own) of validation shards. Raises OSError, ValueError or RuntimeError."""
+    """(targets, bytes of the decoded text, by_pieces()) of validation shards. Raises OSError, ValueError and others."""
     import sentencepiece
 
     sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     tokens = stream(shards, window)
-    return len(tokens) - 1, text_bytes(sp, tokens), sp.piece_to_id(SPACE) != sp.unk_id()
+    return len(tokens) - 1, text_bytes(sp, tokens), by_pieces(sp, tokens)
 
 
 def scored(log, result):
@@ -120,24 +134,31 @@ def check_bytes(log, result):
     data = data_of(log)
     if data and result.bytes:
         try:
-            there, true, piece = recount(*data, int(log.settings["EVAL_SEQ_LEN"]))
+            there, true, ways = recount(*data, int(log.settings["EVAL_SEQ_LEN"]))
         except (OSError, ValueError, RuntimeError, IndexError, StopIteration) as why:
             return what, None, f"{result.bytes:,}, cannot be counted anew: {str(why)[:80]}"
         if there == result.tokens:
-            return what, *against_text(result.bytes, true, piece)
+            return what, *against_text(result.bytes, true, ways)
     return what, *against_challenge(log, targets, each)
 
 
-def against_text(counted, true, piece):
-    """(verdict, detail) of bytes that were counted against those of the decoded text; piece: whether a space is one of its own."""
+def against_text(counted, true, ways):
+    """(verdict, detail) of bytes that a log counted against those of the decoded text here; ways: by_pieces()."""
     if counted == true:
         return True, f"{counted:,}, as many as the decoded text has"
     detail = f"{counted:,}, the decoded text has {true:,} ({100 * (counted / true - 1):+.2f} %)"
-    if not piece:
-        detail += (
-            "; the tokenizer has no standalone U+2581, so a space counts as three bytes (#897)"
+    if counted == ways["rule"]:
+        why = "a space counts as three bytes, the tokenizer having no standalone U+2581 (#897)"
+        return (
+            False if counted > true else None,
+            f"{detail}: {why if counted > true else 'too few'}",
         )
-    return False if counted > true else None, detail
+    if counted in ways.values():
+        return False, f"{detail}: a space is counted twice (#1719)"
+    return (
+        None,
+        f"{detail}: the shards here are others than the run's, or it counts in a way of its own",
+    )
 
 
 def against_challenge(log, targets, each):
