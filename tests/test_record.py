@@ -214,6 +214,8 @@ def test_what_is_too_large_exists_or_is_no_log_is_refused(copy, monkeypatch, cap
         f"logs/s1/final_model.ptz: artifact and script have {size + t.code_bytes():,} bytes" in said
     )
     assert make() == 2 and "exists; choose another NAME" in capsys.readouterr().err
+    monkeypatch.setattr(record, "LOG_LIMIT", 1000)
+    assert make(name="long") == 2 and "s3.txt: 0 MiB, GitHub takes 100" in capsys.readouterr().err
     assert make(name="../up") == 2 and "NAME ../up: letters" in capsys.readouterr().err
     assert make("--date", "today") == 2 and "--date today" in capsys.readouterr().err
     (copy / "empty").mkdir()

@@ -46,6 +46,7 @@ from tools.tables import NAMES, markdown, notes, table
 
 ROOT = Path(__file__).resolve().parents[1]
 TRACKS = {True: "10min_16mb", False: "non_record_16mb"}
+LOG_LIMIT = 100 * 2**20  # bytes of a file that GitHub takes
 RUNS_OWN = ("SEED", "RUN_ID", "RESUME", "SAVE_EVERY", "LOAD_ARTIFACT", "LOAD_CHECKPOINT")
 CONDITIONS = {
     "C1": "a probability depends on the artifact and the text before it alone",
@@ -114,6 +115,9 @@ def refusals(logs, stage, record):
             yield f"{log.path}: {log.errors[0] if log.errors else 'the run did not finish'}"
         elif log.train_seconds is None:
             yield f"{log.path}: evaluates an artifact; give the log of the run that trained it"
+        elif log.path.stat().st_size > LOG_LIMIT:
+            size = f"{log.path.stat().st_size / 2**20:.0f} MiB"
+            yield f"{log.path}: {size}, GitHub takes 100; leave out what other programs wrote into it"
     try:
         one_configuration(logs)
     except LogError as why:
