@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, make_tiny_data, t
 
-from tools import proof, record, report, scripts
+from tools import checks, proof, record, report, scripts
 from tools.logs import LogError, read_log
 
 SEEDS = (1, 2, 3)
@@ -280,6 +280,32 @@ def test_a_changed_folder_fails_its_check(copy, capsys):
         assert any(line.startswith("FAIL") and told in line for line in lines), told
         path.write_bytes(good[path])
     assert report.main([str(folder), "--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    "found,expected,same",
+    [
+        ("8xH100 80GB SXM", "NVIDIA H100 80GB HBM3, 8 processes", True),
+        ("8xA100", "NVIDIA H100 80GB HBM3, 8 processes", False),
+        ("cpu threads:4, 1 process", "cpu threads:2, 1 process", False),
+        ([42, 1337, 2024], [1337, 2024, 42], True),
+        ([42, 1337], [1337, 2024, 42], False),
+        ({"1": {"val_bpb": 1.5, "steps": 7}}, {"1": {"val_bpb": 1.5, "val_loss": 2.0}}, True),
+        ({"1": {"val_bpb": 1.6}}, {"1": {"val_bpb": 1.5}}, False),
+        ({"three": True}, {"three_seeds": True}, None),
+    ],
+)
+def test_words_order_and_keys_of_other_peoples_submissions(found, expected, same):
+    assert checks.equal(found, expected) is same
+
+
+def test_a_folder_without_a_log_that_can_be_read_is_checked_for_the_rest(tmp_path, capsys):
+    (tmp_path / "train.log").write_text("nothing\n")
+    (tmp_path / "submission.json").write_text('{"val_bpb": 1.1, "track": "10min_16mb"}')
+    assert report.main([str(tmp_path), "--check"]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert "FAIL  logs: there are none" in lines and not any("is JSON" in line for line in lines)
+    assert any(line.endswith("lacks name, author, github_id, date, blurb") for line in lines)
 
 
 # ---- the proof
