@@ -587,7 +587,7 @@ def test_check_of_good_logs_passes_and_of_each_fault_fails(tmp_path, capsys):
             "\n".join(line for line in path.read_text().splitlines() if "ttt_slot" not in line)
             + "\n"
         )
-    (folder / "train_gpt.py").write_text("x" * 900)
+    (folder / "train_gpt.py").write_text(HEAD.partition("=" * 100)[0].ljust(900, "#"))
     (folder / "README.md").write_text(
         "| seed | steps | bpb | bytes |\n|---|---|---|---|\n"
         + "".join(f"| {i} | 40 | {0.6 * (2.5 + i / 100):.4f} | 2,000 |\n" for i in (1, 2, 3))
@@ -617,7 +617,8 @@ def test_check_of_good_logs_passes_and_of_each_fault_fails(tmp_path, capsys):
             "| 2 | 39",
             "README, seed 2, steps: 39, the log says 40",
         ),
-        (folder / "train_gpt.py", "x", "", "train_gpt.py is what the logs counted: 0 bytes"),
+        (folder / "train_gpt.py", "#", "", "train_gpt.py is what the logs counted: 72 bytes"),
+        (folder / "train_gpt.py", "torch", "types", "the script that the logs open with: 0 of 3"),
         (folder / "submission.json", "1.512", "1.522", "submission.json: val_bpb"),
         (folder / "submission.json", "{", "", "submission.json is JSON"),
     ):

@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, process, t
 
 from tools import ablate, audit
 
-TOOLS = ("report", "ablate", "audit", "quantise", "bench", "gpu")
+TOOLS = ("report", "record", "ablate", "audit", "quantise", "bench", "gpu")
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,7 @@ def test_the_examples_of_each_tools_help_run(name, made):
         assert done.returncode == failed_check, (command, done.stdout, done.stderr)
     written = {
         "report": ("table.csv", "figure.png", "figure.svg", "submission.json"),
+        "record": ("records/track_10min_16mb/2026-04-01_my_record/README.md",),
         "ablate": ("logs/my_ablation/ablate.png", "logs/slot/my_sweep.txt"),
         "audit": (),
         "quantise": ("logs/my_quantisers/metrics.jsonl",),

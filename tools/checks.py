@@ -7,14 +7,24 @@ from pathlib import Path
 
 import numpy as np
 
+from tools.bytecount import check_bytes
 from tools.logs import STAGES, LogError
-from tools.submission import LIMIT, SECONDS, differing, submission
+from tools.scripts import readable, same_code, source_of
+from tools.submission import LIMIT, SECONDS, WORDS, differing, submission
 from tools.tables import COLUMNS, NAMES, cells
 
 
-def check_log(log):
-    """(what, verdict True, False or None for unknown, detail) of each check of one log."""
-    name, score = log.path.name, log.score
+def score_of(log, stage=None):
+    """The Result of a stage, or that of the log's last one."""
+    return log.results.get(stage) or log.score
+
+
+def check_log(log, stage=None, record=True):
+    """(what, verdict True, False or None for unknown, detail) of each check of one log.
+
+    stage is that of the score, by default the log's last one; what is no record need not be causal.
+    """
+    name, score = log.path.name, score_of(log, stage)
     why = log.errors[0] if log.errors else "has a final score" if log.finished else "no final score"
     yield f"{name}: finished", log.finished and not log.errors, why
     yield within(f"{name}: training within {SECONDS} s", log.train_seconds, SECONDS + 1)
@@ -38,7 +48,8 @@ def check_log(log):
         yield f"{name}: the score is finite", math.isfinite(score.val_bpb), f"{score.val_bpb}"
         breaks = f" breaks {score.breaks}" if score.breaks else ""
         told = f"{NAMES[score.stage]} {score.val_bpb:.8f}{breaks}"
-        yield f"{name}: the score is causal", score.causal, told
+        yield f"{name}: the score is causal", score.causal if record else score.causal or None, told
+    yield check_bytes(log, score)
 
 
 def within(what, seconds, limit, suffix=""):
@@ -48,10 +59,10 @@ def within(what, seconds, limit, suffix=""):
     return what, seconds <= limit, f"{seconds:.1f} s{suffix}"
 
 
-def check_logs(logs):
+def check_logs(logs, stage=None, record=True):
     """(what, verdict, detail) of each check of the logs, alone and together."""
     for log in logs:
-        yield from check_log(log)
+        yield from check_log(log, stage, record)
     seeds = [log.seed for log in logs]
     if len(logs) > 1:
         differ = differing(logs)
@@ -59,30 +70,31 @@ def check_logs(logs):
         yield "settings equal over seeds", not differ, same
         different = None if None in seeds else len(set(seeds)) == len(seeds)
         yield "seeds differ", different, ", ".join(map(str, seeds))
-    yield "three seeds", None if None in seeds else len(set(seeds)) >= 3, f"{len(logs)} logs"
+    enough = len(set(seeds)) >= 3 or (False if record else None)
+    yield "three seeds", None if None in seeds else enough, f"{len(logs)} logs"
 
 
 SKIP = object()
 
-HEADINGS = (  # heading of a table in somebody's README -> what a log says of it, most special first; SKIP: not compared
+HEADINGS = (  # heading of a table in somebody's README -> what a log and its score say of it, most special first; SKIP: not compared
     (r"gain|delta|Δ|\+/-|param|notes?$|time|seconds|hardware|gpu", SKIP),
-    (r"step.?_?(avg|average|time)|\bms\b", lambda log: log.step_avg),
-    (r"\bsteps?\b", lambda log: log.steps),
-    (r"pre.?(quant|avg|average)", lambda log: log.prequant.val_bpb),
-    (r"round.?trip", lambda log: log.results["roundtrip"].val_bpb),
-    (r"pre.?ttt|sliding", lambda log: log.results["sliding_window"].val_bpb),
-    (r"artifact|bytes|size", lambda log: log.total_bytes),
-    (r"val.?loss|nats", lambda log: log.score.val_loss),
-    (r"ttt|slot|bpb|score", lambda log: log.score.val_bpb),
+    (r"step.?_?(avg|average|time)|\bms\b", lambda log, score: log.step_avg),
+    (r"\bsteps?\b", lambda log, score: log.steps),
+    (r"pre.?(quant|avg|average)", lambda log, score: log.prequant.val_bpb),
+    (r"round.?trip", lambda log, score: log.results["roundtrip"].val_bpb),
+    (r"pre.?ttt|sliding", lambda log, score: log.results["sliding_window"].val_bpb),
+    (r"artifact|bytes|size", lambda log, score: log.total_bytes),
+    (r"val.?loss|nats", lambda log, score: score.val_loss),
+    (r"ttt|slot|bpb|score", lambda log, score: score.val_bpb),
 )
 
 
 def getter(title, titles):
-    """Function of a log that gives the number a column is about, or SKIP: our own tables' columns by name, others by what they are like."""
+    """Function of a log and its score that gives the number a column is about, or SKIP: our own tables' columns by name, others by what they are like."""
     own = {name.lower(): name for name in COLUMNS}
     name = title.lower()
     if name in own and "roundtrip" in titles:
-        return lambda log: cells(log)[own[name]][0]
+        return lambda log, score: cells(log)[own[name]][0]
     return next((find for pattern, find in HEADINGS if re.search(pattern, name)), SKIP)
 
 
@@ -130,18 +142,18 @@ def tables(text, logs):
             rows.append(cells_)
 
 
-def numbers(find, logs):
+def numbers(find, logs, stage):
     """What find gives of each log that has it."""
     found = []
     for log in logs:
         try:
-            found.append(find(log))
+            found.append(find(log, score_of(log, stage)))
         except (KeyError, AttributeError):
             continue
     return [value for value in found if value is not None]
 
 
-def check_readme(text, logs):
+def check_readme(text, logs, stage=None):
     """Checks of a README's tables of seeds: each cell against the log of its seed, means and deviations against all of the table's logs."""
     seen = 0
     for header, rows, mine in tables(text, logs):
@@ -167,7 +179,7 @@ def check_readme(text, logs):
                 yield f"README, seed {seed[1]}", False, "no log of this seed"
             for title, cell in zip(header, row):
                 find = SKIP if header.index(title) == column else getter(title, header)
-                values = [] if find is SKIP else numbers(find, group if statistic else found)
+                values = [] if find is SKIP else numbers(find, group if statistic else found, stage)
                 if statistic and values:
                     values = (
                         [float(statistic(values))]
@@ -188,14 +200,7 @@ def check_submission(found, logs):
     if not isinstance(found, dict):
         yield "submission.json is an object", False, type(found).__name__
         return
-    shared = [s for s in STAGES if logs and all(s in log.results for log in logs)]
-    means = {
-        s: {
-            key: float(np.mean([getattr(log.results[s], key) for log in logs]))
-            for key in ("val_loss", "val_bpb")
-        }
-        for s in shared
-    }
+    means = means_of(logs)
     stage = stage_of(found, logs, means)
     told = scores_of(found)
     for key in ("val_loss", "val_bpb"):
@@ -218,6 +223,15 @@ def check_submission(found, logs):
             what = "largest in the logs is" if key.startswith("bytes") else "logs say"
             detail = f"{found[key]}, the {what} {expected[key]}"
             yield f"submission.json: {key}", equal(found[key], expected[key]), detail
+    for log in logs:
+        file = artifacts_of(found).get(str(log.seed))
+        if file and log.total_bytes and log.code_bytes:
+            size, told = log.total_bytes - log.code_bytes, file.get("bytes")
+            what = f"submission.json: artifact of seed {log.seed}"
+            yield what, size == told, f"{told} bytes, the log says {size}"
+    missing = [word for word in WORDS if word != "track" and not found.get(word)]
+    told = f"submission.json lacks {', '.join(missing)}" if missing else "all there"
+    yield "who, what and when", None if missing else True, told
 
 
 DERIVED = (  # what submission.json says that follows from the logs, besides the score itself
@@ -239,6 +253,24 @@ def scores_of(found):
     return {key: value for key, value in told.items() if isinstance(value, (int, float))}
 
 
+def artifacts_of(found):
+    """The files that a submission.json names, by seed."""
+    told = found.get("artifacts")
+    return {k: v for k, v in told.items() if isinstance(v, dict)} if isinstance(told, dict) else {}
+
+
+def means_of(logs):
+    """Means of nats and bits by stage, of the stages that all logs have."""
+    shared = [s for s in STAGES if logs and all(s in log.results for log in logs)]
+    return {
+        s: {
+            key: float(np.mean([getattr(log.results[s], key) for log in logs]))
+            for key in ("val_loss", "val_bpb")
+        }
+        for s in shared
+    }
+
+
 def stage_of(found, logs, means):
     """The stage that a submission.json is about: the one it names, else the one whose mean is nearest; None if the logs share none."""
     for stage in means:
@@ -253,63 +285,102 @@ def stage_of(found, logs, means):
 
 
 def expected_submission(logs, stage):
-    """What the logs would say in submission.json; of another stage than we would choose, or of a mixture, only what does not depend on it."""
+    """What the logs would say in submission.json of a stage; of a mixture only what does not depend on it."""
+    if not logs:
+        return {}
     try:
-        expected = submission(logs)
+        return submission(logs, stage=stage)
     except LogError:
         sizes = {
             f"bytes_{key}": max((getattr(log, f"{key}_bytes") or 0 for log in logs), default=0)
             for key in ("total", "code")
         }
         return {key: size or None for key, size in sizes.items()}
-    labels = [log.results[stage].label for log in logs] if stage else []
-    if expected["metric"] not in labels:
-        return {key: expected[key] for key in ("bytes_total", "bytes_code", "seeds")}
-    return expected
 
 
 def equal(found, expected):
-    """Whether two values are the same, numbers to four digits after the point."""
+    """Whether two values are the same: numbers to four digits after the point, lists in any order, of objects the keys that both have.
+
+    Words are the same if they name the same GPU. None: they share no key.
+    """
+    if isinstance(expected, dict) and isinstance(found, dict):
+        shared = [key for key in expected if key in found]
+        return all(equal(found[key], expected[key]) for key in shared) if shared else None
+    if isinstance(expected, list) and isinstance(found, list):
+        return sorted(map(str, found)) == sorted(map(str, expected))
     if isinstance(expected, float) and isinstance(found, float):
         return abs(found - expected) < 6e-5
+    if isinstance(expected, str) and isinstance(found, str):
+        gpu = re.search(r"\b[A-Z]{1,3}\d{2,4}\b|\bRTX \d+", expected)
+        return found == expected or bool(gpu and gpu[0] in found)
     return found == expected
 
 
 def check(paths, logs):
     """Print one line a check; 1 if one failed."""
-    verdicts = list(check_logs(logs)) if logs else [("logs", False, "there are none")]
-    for folder in (Path(p) for p in paths if is_record(p)):
-        for name in ("README.md", "submission.json", "train_gpt.py"):
-            there = (folder / name).is_file()
-            verdicts.append(
-                (
-                    f"{folder.name} has {name}",
-                    there,
-                    f"{(folder / name).stat().st_size:,} bytes" if there else "missing",
-                )
-            )
-        if (folder / "train_gpt.py").is_file():
-            size = (folder / "train_gpt.py").stat().st_size
-            told = {log.code_bytes for log in logs}
-            verdicts.append(
-                (
-                    "train_gpt.py is what the logs counted",
-                    told == {size},
-                    f"{size:,} bytes, the logs say {', '.join(map(str, told))}",
-                )
-            )
-        if (folder / "README.md").is_file():
-            verdicts += check_readme((folder / "README.md").read_text(errors="replace"), logs)
-        if (folder / "submission.json").is_file():
-            try:
-                verdicts += check_submission(
-                    json.loads((folder / "submission.json").read_text()), logs
-                )
-            except ValueError as why:
-                verdicts.append(("submission.json is JSON", False, str(why)))
-    for what, verdict, detail in verdicts:
-        print(f"{'ok  ' if verdict else '??  ' if verdict is None else 'FAIL'}  {what}: {detail}")
+    folders, rest, verdicts = [Path(p) for p in paths if is_record(p)], list(logs), []
+    for folder in folders:
+        mine = [log for log in rest if folder.resolve() in log.path.resolve().parents]
+        mine = mine or (rest if len(folders) == 1 else [])
+        rest = [log for log in rest if log not in mine]
+        verdicts += check_record(folder, mine)
+    if rest or not folders:
+        verdicts += check_logs(rest) if rest else [("logs", False, "there are none")]
+    for line in verdicts:
+        print_check(*line)
     return int(any(verdict is False for _, verdict, _ in verdicts))
+
+
+def print_check(what, verdict, detail):
+    """Print the line of a check."""
+    print(f"{'ok  ' if verdict else '??  ' if verdict is None else 'FAIL'}  {what}: {detail}")
+
+
+def check_record(folder, logs):
+    """(what, verdict, detail) of each check of a record's folder and the logs in it. Runs nothing of it."""
+    found, problem = {}, None
+    if (folder / "submission.json").is_file():
+        try:
+            found = json.loads((folder / "submission.json").read_text(errors="replace"))
+        except ValueError as why:
+            problem = ("submission.json is JSON", False, str(why))
+    told = found if isinstance(found, dict) else {}
+    stage = stage_of(told, logs, means_of(logs))
+    record = not str(told.get("track", "")).lower().startswith("non")  # none, non-record-16mb
+    yield from check_logs(logs, stage, record) if logs else [("logs", False, "there are none")]
+    for name in ("README.md", "submission.json", "train_gpt.py", "requirements.txt"):
+        there = (folder / name).is_file()
+        size = f"{(folder / name).stat().st_size:,} bytes" if there else "missing"
+        needed = None if name == "requirements.txt" else False  # which many records lack
+        yield f"{folder.name} has {name}", there or needed, size
+    if (folder / "train_gpt.py").is_file():
+        yield from check_script((folder / "train_gpt.py").read_bytes(), logs)
+    if (folder / "README.md").is_file():
+        text = (folder / "README.md").read_text(errors="replace")
+        yield from check_readme(text, logs, stage)
+    if problem:
+        yield problem
+    elif (folder / "submission.json").is_file():
+        yield from check_submission(found, logs)
+
+
+def check_script(data, logs):
+    """Checks of a record's script: its size, and that it is the one which the logs open with."""
+    told = {log.code_bytes for log in logs}
+    detail = f"{len(data):,} bytes, the logs say {', '.join(map(str, told))}"
+    yield "train_gpt.py is what the logs counted", told == {len(data)}, detail
+    sources = [source for source in map(source_of, logs) if source is not None]
+    if not sources:
+        return
+    what = "train_gpt.py is the script that the logs open with"
+    try:
+        script = readable(data)
+        verdicts = [same_code(source, script) for source in sources]
+    except ValueError as why:
+        yield what, False, str(why)
+        return
+    verdict = False if False in verdicts else None if None in verdicts else True
+    yield what, verdict, f"{verdicts.count(True)} of {len(logs)} logs"
 
 
 def is_record(path):

@@ -39,26 +39,37 @@ def differing(logs):
     return found + [name for name, value in others.items() if len({value(log) for log in logs}) > 1]
 
 
-def best_stage(logs):
-    """The causal stage with the lowest mean of bits a byte. Raises LogError where there is none, or the logs are not seeds of one configuration."""
+def one_configuration(logs):
+    """Raises LogError where the logs are not seeds of one configuration."""
     differ = differing(logs)
     if differ:
         names = ", ".join(log.path.name for log in logs)
         raise LogError(f"not one configuration: {', '.join(differ)} differ between {names}")
-    stages = [s for s in STAGES if all(s in log.results and log.results[s].causal for log in logs)]
-    if not stages:
-        raise LogError("no causal score that all logs have")
     seeds = [log.seed for log in logs]
     if None in seeds or len(set(seeds)) < len(seeds):
         raise LogError(f"seeds must be known and different, they are {', '.join(map(str, seeds))}")
+
+
+def best_stage(logs):
+    """The causal stage with the lowest mean of bits a byte. Raises LogError where there is none."""
+    stages = [s for s in STAGES if all(s in log.results and log.results[s].causal for log in logs)]
+    if not stages:
+        raise LogError("no causal score that all logs have")
     if not all(math.isfinite(log.results[s].val_bpb) for log in logs for s in stages):
         raise LogError("a score is not finite")
     return min(stages, key=lambda s: statistics.mean(log.results[s].val_bpb for log in logs))
 
 
-def submission(logs, author=None, github_id=None, date=None, name=None, track=None, blurb=None):
-    """The fields of submission.json that the logs bear out, None where they do not say. The score is the best stage that is causal. Raises LogError."""
-    stage = best_stage(logs)
+WORDS = ("name", "author", "github_id", "date", "track", "blurb")  # what only people know
+
+
+def submission(logs, *, stage=None, **words):
+    """The fields of submission.json that the logs bear out, None where they do not say.
+
+    words are WORDS. The score is that of a stage, by default the best that is causal. Raises LogError.
+    """
+    one_configuration(logs)
+    stage = stage or best_stage(logs)
     values = {
         key: [getattr(log.results[stage], key) for log in logs] for key in ("val_loss", "val_bpb")
     }
@@ -70,12 +81,7 @@ def submission(logs, author=None, github_id=None, date=None, name=None, track=No
     }
     versions = {log.torch for log in logs}
     return {
-        "name": name,
-        "author": author,
-        "github_id": github_id,
-        "date": date,
-        "track": track,
-        "blurb": blurb,
+        **{word: words.get(word) for word in WORDS},
         **{key: round(statistics.mean(v), 8) for key, v in values.items()},
         **{
             key + "_std": round(statistics.stdev(v), 8) if len(v) > 1 else None
@@ -83,7 +89,7 @@ def submission(logs, author=None, github_id=None, date=None, name=None, track=No
         },
         "std_ddof": 1,
         "metric": logs[0].results[stage].label,
-        "causal": True,
+        "causal": causal(logs, stage),
         "seeds": [log.seed for log in logs],
         "seed_results": {
             str(log.seed): {key: getattr(log.results[stage], key) for key in values} for log in logs
@@ -100,6 +106,12 @@ def submission(logs, author=None, github_id=None, date=None, name=None, track=No
     }
 
 
+def causal(logs, stage):
+    """Whether a stage's scores are causal; None where a log does not say it."""
+    found = {log.results[stage].causal for log in logs}
+    return False if False in found else None if None in found else True
+
+
 def compliance(logs, stage):
     """What the challenge asks of a record, as far as the logs say it."""
 
@@ -107,12 +119,13 @@ def compliance(logs, stage):
         found = [value(log) for log in logs]
         return None if any(x is None for x in found) else all(map(test, found))
 
+    late = any("C3" in log.results[stage].breaks for log in logs)
     return {
         "train_under_600s": every(lambda log: log.train_seconds, lambda s: s <= SECONDS + 1),
         "eval_under_600s": every(lambda log: log.eval_seconds, lambda s: s <= SECONDS),
         "artifact_under_16mb": every(lambda log: log.total_bytes, lambda n: n < LIMIT),
-        "score_first": stage.startswith("ttt") or None,
-        "causal": True,
+        "score_first": False if late else stage.startswith("ttt") or None,
+        "causal": causal(logs, stage),
         "three_seeds": len({log.seed for log in logs}) >= 3,
         "one_configuration": True,
     }
