@@ -12,6 +12,8 @@ import sentencepiece
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = str(ROOT)  # processes that tests start find train_gpt and tools as well
+# A tiny tensor needs one thread, and threads of several processes on few cores wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import train_gpt as t
 

@@ -341,7 +341,9 @@ def test_a_fault_ends_all_ranks_with_status_1(tiny_data, tmp_path):
         ), done.stderr[-2000:]
 
 
-def test_cpu_threads_are_left_alone_without_torchrun(monkeypatch):
+def test_cpu_threads_are_left_alone_without_torchrun():
     before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
     t.Run(config())
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before + 1
+    torch.set_num_threads(before)
