@@ -107,6 +107,15 @@ def tiny(tiny_data, tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture
+def every_core():
+    """For timings: as many threads as a run of the script has."""
+    threads = t.torch.get_num_threads()
+    t.torch.set_num_threads(os.cpu_count())
+    yield
+    t.torch.set_num_threads(threads)
+
+
 def read_metrics(folder):
     """Lines of metrics.jsonl as a dict; a label that has a training and a validation line is merged."""
     found = {}

@@ -701,7 +701,10 @@ t.main()
     )
 
 
-def test_checkpointing_every_50_steps_costs_under_3_percent(tiny_data, tmp_path, capsys):
+@pytest.mark.alone
+def test_checkpointing_every_50_steps_costs_under_3_percent(
+    tiny_data, tmp_path, every_core, capsys
+):
     """Blocks of 10 steps of the demo's model with and without one checkpoint, alternating: a fifth of that is its share of 50 steps."""
     seconds = soak.checkpoint_cost(tmp_path, 10, 3, **tiny_data, VOCAB_SIZE="384")
     share = (seconds.min(0)[1] / seconds.min(0)[0] - 1) / 5

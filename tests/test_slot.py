@@ -330,6 +330,7 @@ def scored_only_autograd(c, model, h, targets, firsts):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "mode,plain,least",
     [
@@ -346,7 +347,9 @@ def scored_only_autograd(c, model, h, targets, firsts):
         ),
     ],
 )
-def test_closed_form_is_many_times_faster_than_autograd(mode, plain, least, stream, capsys):
+def test_closed_form_is_many_times_faster_than_autograd(
+    mode, plain, least, stream, every_core, capsys
+):
     """SLOT's own added time at the demo's size, the two alternating; a shared machine gets half of what was measured in peace."""
     c = t.load_config({"PRESET": "demo", "DEVICE": "cpu", **mode})
     run, val = stream(c, 2304)
