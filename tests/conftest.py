@@ -160,6 +160,17 @@ def process(env, cwd, ranks=0, script=ROOT / "train_gpt.py", timeout=240):
     )
 
 
+def runs(envs, cwd, ranks):
+    """Run these one after another on so many ranks, which start and meet once."""
+    script = cwd / "runs.py"
+    script.write_text(
+        f"import os, train_gpt as t\nfor env in {envs!r}:\n    t.run_all(t.load_config(env))\n"
+        "os._exit(0)\n"  # as the script does: taking gloo down aborts some ranks
+    )
+    done = process({}, cwd, ranks, script)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.fixture
 def stream(tiny_data):
     """A function (config, n targets, seed) -> (Run, ValData-like stream of random tokens)."""
