@@ -283,6 +283,7 @@ def test_torch_compile_gives_the_same_figures(tiny):
         assert compiled[label]["val_loss"] == pytest.approx(plain[label]["val_loss"], abs=2e-4)
 
 
+@pytest.mark.alone
 def test_wallclock_cap_ends_the_run_and_the_warmdown_reaches_its_end(tiny, capsys):
     found = tiny(
         MAX_WALLCLOCK_SECONDS="1.5",
