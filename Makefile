@@ -2,6 +2,7 @@ PYTHON ?= python3
 RUN_ID := $(or $(RUN_ID),demo_$(shell date +%Y%m%d_%H%M%S))
 TRAIN_SHARDS ?= 80
 BENCH_PRESET ?= demo
+JOBS ?= 2
 GPU_NAME ?= $(shell date +%Y%m%d)
 BIN = .venv/bin
 QUICK = tests/test_structure.py tests/test_packing.py tests/test_settings.py tests/test_matrix.py
@@ -46,8 +47,9 @@ check: .venv/installed  ## Format, lint, types and the quick tests, in under a m
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -m "not slow" -k "not changes_the_figures" $(QUICK)
 
-test: .venv/installed  ## Run all tests.
-	$(BIN)/python -m pytest -q
+test: .venv/installed  ## Run all tests, JOBS=2 at a time; then those that compare times, alone.
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -q -m alone
 
 soak: .venv/installed  ## Kill runs 200 times at random moments and compare with runs that nobody disturbed.
 	PYTHONPATH=. $(BIN)/python tests/soak.py --kills 200

@@ -12,6 +12,8 @@ import sentencepiece
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = str(ROOT)  # processes that tests start find train_gpt and tools as well
+# A tiny tensor needs one thread, and threads of several processes on few cores wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import train_gpt as t
 
@@ -105,6 +107,15 @@ def tiny(tiny_data, tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture
+def every_core():
+    """For timings: as many threads as a run of the script has."""
+    threads = t.torch.get_num_threads()
+    t.torch.set_num_threads(os.cpu_count())
+    yield
+    t.torch.set_num_threads(threads)
+
+
 def read_metrics(folder):
     """Lines of metrics.jsonl as a dict; a label that has a training and a validation line is merged."""
     found = {}
@@ -147,6 +158,17 @@ def process(env, cwd, ranks=0, script=ROOT / "train_gpt.py", timeout=240):
     return subprocess.run(
         command, env={**clean, **env}, cwd=cwd, capture_output=True, text=True, timeout=timeout
     )
+
+
+def runs(envs, cwd, ranks):
+    """Run these one after another on so many ranks, which start and meet once."""
+    script = cwd / "runs.py"
+    script.write_text(
+        f"import os, train_gpt as t\nfor env in {envs!r}:\n    t.run_all(t.load_config(env))\n"
+        "os._exit(0)\n"  # as the script does: taking gloo down aborts some ranks
+    )
+    done = process({}, cwd, ranks, script)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture

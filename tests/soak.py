@@ -251,11 +251,19 @@ def main(argv=None):
         )
         return 0
     lock, total, phases, ended, failed = threading.Lock(), 0, collections.Counter(), 0, []
+    folder, whole = Path(tempfile.mkdtemp(prefix="soak")), {}
 
-    def one(index, folder, whole):
+    def undisturbed(ranks):
+        (final, _), seconds = whole[ranks] = run_whole(folder / f"whole{ranks}", ranks)
+        print(
+            f"undisturbed, ranks:{ranks} {seconds:.0f} s: "
+            + " ".join(f"{name.removeprefix('final_')}:{row[0]}" for name, row in final.items()),
+            flush=True,
+        )
+
+    def one(index, ranks):
         nonlocal total, ended
         rng = random.Random(f"{args.seed}/{index}")
-        ranks = 2 if index % 5 == 4 else 1
         chain, (expected, length), told = Chain(folder / f"chain{index}", ranks), whole[ranks], []
         for _ in range(rng.randrange(1, 4)):
             child = chain.start(RESUME="1")
@@ -283,22 +291,17 @@ def main(argv=None):
             ended += 1
             print(f"chain {index} ranks:{ranks} {'; '.join(told)} -> {verdict}", flush=True)
 
-    folder = Path(tempfile.mkdtemp(prefix="soak"))
     (folder / "data").mkdir()
     SETTINGS.update(make_tiny_data(folder / "data", 1000))
-    whole = {ranks: run_whole(folder / f"whole{ranks}", ranks) for ranks in (1, 2)}
-    for ranks, ((final, files), seconds) in whole.items():
-        print(
-            f"undisturbed, ranks:{ranks} {seconds:.0f} s: "
-            + " ".join(f"{label.removeprefix('final_')}:{row[0]}" for label, row in final.items()),
-            flush=True,
-        )
     with ThreadPoolExecutor(args.jobs) as pool:
         index, pending = 0, set()
         while total < args.kills and not failed:
             pending = {p for p in pending if not p.done() or p.result()}
             if len(pending) < args.jobs:
-                pending.add(pool.submit(one, index, folder, whole))
+                ranks = 2 if index % 5 == 4 else 1
+                if ranks not in whole:
+                    undisturbed(ranks)
+                pending.add(pool.submit(one, index, ranks))
                 index += 1
             time.sleep(0.02)
     for phase, count in sorted(phases.items()):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, config, process, random_model, read_metrics, t
+from conftest import TINY, config, random_model, read_metrics, runs, t
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -195,33 +195,18 @@ def test_a_tree_that_helps_helps(stream):
     assert nats[160:].mean() < plain[160:].mean() - 1 and F.relu(-nats).max() < 1e-6
 
 
-def test_scores_are_the_same_on_any_number_of_ranks(tiny_data, tmp_path):
-    env = {**TINY, **tiny_data, "RUN_ID": "made", "ITERATIONS": "3", "EVALS": "none"}
-    assert process(env, tmp_path).returncode == 0
-    found = []
-    for ranks in (1, 2, 3):
-        done = process(
-            {
-                **env,
-                "RUN_ID": f"r{ranks}",
-                "LOAD_ARTIFACT": str(tmp_path / "logs/made/final_model.ptz"),
-                "EVALS": "ctw,ttt_ctw",
-                "CTW_WEIGHT": "0.5",
-                "CTW_ENTROPY_THRESHOLD": "1",
-            },
-            tmp_path,
-            ranks,
-        )
-        assert done.returncode == 0, done.stderr
-        found.append(
-            {
-                k: v["val_loss"]
-                for k, v in read_metrics(tmp_path / "logs" / f"r{ranks}").items()
-                if k.startswith("final_")
-            }
-        )
-    assert (
-        found[0] == pytest.approx(found[1], abs=1e-6)
-        and found[0] == pytest.approx(found[2], abs=1e-6)
-        and len(found[0]) == 2
+def test_scores_are_the_same_on_any_number_of_ranks(tiny, tiny_data, tmp_path):
+    tiny(RUN_ID="made", ITERATIONS="3", EVALS="none")
+    changes = {
+        "LOAD_ARTIFACT": "logs/made/final_model.ptz",
+        "EVALS": "ctw,ttt_ctw",
+        "CTW_WEIGHT": "0.5",
+        "CTW_ENTROPY_THRESHOLD": "1",
+    }
+    for ranks in (2, 3):
+        runs([{**TINY, **tiny_data, "RUN_ID": f"r{ranks}", **changes}], tmp_path, ranks)
+    one, *more = (
+        {k: v["val_loss"] for k, v in metrics.items() if k.startswith("final_")}
+        for metrics in (tiny(**changes), *(read_metrics(tmp_path / f"logs/r{n}") for n in (2, 3)))
     )
+    assert len(one) == 2 and more == [pytest.approx(one, abs=1e-6)] * 2

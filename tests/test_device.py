@@ -180,16 +180,7 @@ def test_apples_gpus_get_no_fp64_and_are_refused_where_there_are_none():
             t.Ranks(config(DEVICE="mps"))
 
 
-@pytest.fixture
-def one_thread():
-    """Threads of bf16 products wait for each other where a machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_bf16_follows_fp32(tiny, one_thread):
+def test_bf16_follows_fp32(tiny):
     """What a GPU computes in, on a CPU: training from about 6 nats down, then every evaluator."""
     settings = dict(EVALS="roundtrip,sliding_window,slot,ttt,ttt_slot", ITERATIONS="12")
     wide, narrow = tiny(**settings), tiny(**settings, DTYPE="bf16")
@@ -201,7 +192,7 @@ def test_bf16_follows_fp32(tiny, one_thread):
         assert narrow[label]["val_loss"] == pytest.approx(wide[label]["val_loss"], rel=0.01), label
 
 
-def test_one_artifact_scores_in_bf16_as_in_fp32_and_gains_as_much(tiny, one_thread):
+def test_one_artifact_scores_in_bf16_as_in_fp32_and_gains_as_much(tiny):
     tiny(RUN_ID="made", EVALS="roundtrip")
     settings = dict(LOAD_ARTIFACT="logs/made/final_model.ptz", CTW_WEIGHT="0.1")
     settings |= dict(EVALS="roundtrip,sliding_window,slot,ttt,ttt_slot,ctw")

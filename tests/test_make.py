@@ -28,6 +28,13 @@ def test_make_alone_prints_each_target_with_a_sentence(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_make_test_runs_each_test_once():
+    """What the first command leaves to those that run alone, the second runs."""
+    (recipe,) = re.findall(r"^test:.*\n((?:\t.*\n)+)", MAKEFILE, re.M)
+    asked = [line.split("-m pytest -q ")[1] for line in recipe.splitlines()]
+    assert asked == ['-n $(JOBS) --dist loadfile -m "not alone"', "-m alone"]
+
+
 @pytest.mark.slow
 def test_make_demo_ends_with_where_all_lies_and_commands_that_run(tiny_data, tmp_path):
     """With a tiny model on tiny data, without torchrun."""

@@ -8,7 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import config, make_tiny_data, process, random_model, t, timeless
+from conftest import (
+    TINY,
+    config,
+    make_tiny_data,
+    random_model,
+    read_metrics,
+    runs,
+    t,
+    timeless,
+    write_shard,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -187,8 +197,6 @@ def test_the_validation_split_has_no_part_in_steps_hessians_or_the_choice_of_an_
 ):
     other = make_tiny_data(tmp_path)
     tokens = np.fromfile(tmp_path / "fineweb_val_000000.bin", "<u2", offset=1024)
-    from conftest import write_shard
-
     write_shard(tmp_path / "fineweb_val_000000.bin", tokens[::-1])
     changes = dict(QUANT="gptq", EVALS="none", LATE_QAT_THRESHOLD="0.5", ITERATIONS="4")
     found = [tiny(**changes, **data) for data in ({}, other)]
@@ -485,8 +493,6 @@ def test_parallel_layers_read_what_attention_reads(tiny_data):
 
 def test_tool_compares_quantisers_on_one_checkpoint(tiny_data, tmp_path, monkeypatch, tiny, capsys):
     tiny(RUN_ID="made", EVALS="none", LATE_QAT="0")
-    from conftest import TINY, read_metrics
-
     for name, value in {**TINY, **tiny_data, "LATE_QAT": "0"}.items():
         monkeypatch.setenv(name, value)
     words = [
@@ -529,22 +535,15 @@ def test_tool_compares_quantisers_on_one_checkpoint(tiny_data, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_ranks_calibrate_and_switch_to_qat_alike(tiny_data, tmp_path):
-    from conftest import TINY, read_metrics
-
-    env = {
-        **TINY,
-        **tiny_data,
+def test_ranks_calibrate_and_switch_to_qat_alike(tiny, tiny_data, tmp_path):
+    changes = {
         "QUANT": "gptq",
         "LATE_QAT_THRESHOLD": "0.5",
         "EVALS": "roundtrip",
         "TRAIN_LOG_EVERY": "1",
     }
-    found = []
-    for ranks in (0, 2):
-        done = process({**env, "RUN_ID": f"r{ranks}"}, tmp_path, ranks)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(read_metrics(tmp_path / "logs" / f"r{ranks}"))
+    runs([{**TINY, **tiny_data, "RUN_ID": "ranks", **changes}], tmp_path, 2)
+    found = [tiny(**changes), read_metrics(tmp_path / "logs/ranks")]
     for label in ("step:12/12", "average_none", "final_artifact_roundtrip"):
         key = next(
             k for k in ("train_loss", "heldout_train_loss", "val_loss") if k in found[0][label]

@@ -780,6 +780,7 @@ def test_following_a_run_shows_where_it_is(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_200_megabytes_take_little_time_and_memory(tmp_path):
     """In a process of its own, whose memory is read when it ends; the time is held against plainly reading the lines."""
     path, rng = tmp_path / "big.txt", random.Random(0)

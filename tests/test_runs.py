@@ -273,7 +273,7 @@ def test_lineage_artifacts_score_as_the_lineage_scored_them(name, tmp_path):
             plain=dict(TTT_ENABLED="0", SLOT_DELTA="window", SLOT_BIAS="1", SLOT_LOSS="scored")
         )
     for run_id, more in runs.items():
-        done = process({**env, "RUN_ID": run_id, **more}, tmp_path)
+        done = process({**env, "RUN_ID": run_id, **more}, tmp_path, timeout=600)
         assert done.returncode == 0, done.stderr[-2000:]
         for label, row in read_metrics(tmp_path / "logs" / run_id).items():
             if label.startswith("final_artifact_"):

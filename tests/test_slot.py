@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, config, process, random_model, read_metrics, t
+from conftest import TINY, config, random_model, read_metrics, runs, t
 
 from tools import audit
 from tools.plain import autograd_slot
@@ -276,11 +276,9 @@ def test_random_token_floor(stream):
             assert gap < -0.1 and gap < -20 * error
 
 
-def test_scores_are_the_same_on_one_and_two_ranks(tiny_data, tmp_path):
-    """Every mode, from one artifact; runs of more ranks share it."""
-    env = {**TINY, **tiny_data, "RUN_ID": "made", "ITERATIONS": "3", "EVALS": "none"}
-    assert process(env, tmp_path).returncode == 0
-    artifact = str(tmp_path / "logs" / "made" / "final_model.ptz")
+def test_scores_are_the_same_on_one_and_two_ranks(tiny, tiny_data, tmp_path):
+    """Every mode, from one artifact."""
+    tiny(RUN_ID="made", ITERATIONS="3", EVALS="none")
     modes = [
         ("shared", "all"),
         ("window", "scored"),
@@ -289,32 +287,25 @@ def test_scores_are_the_same_on_one_and_two_ranks(tiny_data, tmp_path):
         ("shared", "past"),
         ("window", "past"),
     ]
-    for number, (delta, loss) in enumerate(modes):
-        found = []
-        for ranks in (1, 2):
-            name = f"m{number}r{ranks}"
-            done = process(
-                {
-                    **env,
-                    "RUN_ID": name,
-                    "LOAD_ARTIFACT": artifact,
-                    "EVALS": "slot,ttt_slot" if number == 3 else "slot",
-                    "SLOT_DELTA": delta,
-                    "SLOT_LOSS": loss,
-                    "SLOT_BIAS": "1",
-                },
-                tmp_path,
-                ranks,
-            )
-            assert done.returncode == 0, done.stderr
-            found.append(
-                {
-                    k: v["val_loss"]
-                    for k, v in read_metrics(tmp_path / "logs" / name).items()
-                    if k.startswith("final_")
-                }
-            )
-        assert found[0] == pytest.approx(found[1], abs=1e-6) and found[0]
+    settings = [
+        {
+            "LOAD_ARTIFACT": "logs/made/final_model.ptz",
+            "EVALS": "slot,ttt_slot" if number == 3 else "slot",
+            "SLOT_DELTA": delta,
+            "SLOT_LOSS": loss,
+            "SLOT_BIAS": "1",
+        }
+        for number, (delta, loss) in enumerate(modes)
+    ]
+    runs(
+        [{**TINY, **tiny_data, "RUN_ID": f"m{n}", **s} for n, s in enumerate(settings)], tmp_path, 2
+    )
+    for number, changes in enumerate(settings):
+        one, two = (
+            {k: v["val_loss"] for k, v in metrics.items() if k.startswith("final_")}
+            for metrics in (tiny(**changes), read_metrics(tmp_path / "logs" / f"m{number}"))
+        )
+        assert one == pytest.approx(two, abs=1e-6) and one
 
 
 def scored_only_autograd(c, model, h, targets, firsts):
@@ -330,6 +321,7 @@ def scored_only_autograd(c, model, h, targets, firsts):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "mode,plain,least",
     [
@@ -346,7 +338,9 @@ def scored_only_autograd(c, model, h, targets, firsts):
         ),
     ],
 )
-def test_closed_form_is_many_times_faster_than_autograd(mode, plain, least, stream, capsys):
+def test_closed_form_is_many_times_faster_than_autograd(
+    mode, plain, least, stream, every_core, capsys
+):
     """SLOT's own added time at the demo's size, the two alternating; a shared machine gets half of what was measured in peace."""
     c = t.load_config({"PRESET": "demo", "DEVICE": "cpu", **mode})
     run, val = stream(c, 2304)

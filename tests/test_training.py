@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, config, process, random_model, read_metrics, t, timeless
+from conftest import TINY, config, process, random_model, read_metrics, runs, t, timeless
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_priming_leaves_no_trace(tiny_data):
 
 
 @pytest.mark.slow
-def test_ranks_do_not_change_training_or_scores(tiny_data, tmp_path):
+def test_ranks_do_not_change_training_or_scores(tiny, tiny_data, tmp_path):
     env = {
         **TINY,
         **tiny_data,
@@ -240,11 +240,11 @@ def test_ranks_do_not_change_training_or_scores(tiny_data, tmp_path):
         "TTT_BATCH_SEQS": "2",
         "LATE_QAT": "0",
     }
-    found = {}
+    # on one rank trained and exported, on all of them scored
+    alone = {**env, "LOAD_ARTIFACT": "logs/w1/final_model.ptz"}
     for ranks in (1, 2, 3):
-        done = process({**env, "RUN_ID": f"w{ranks}"}, tmp_path, ranks)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found[ranks] = read_metrics(tmp_path / "logs" / f"w{ranks}")
+        runs([{**env, "RUN_ID": f"w{ranks}"}, {**alone, "RUN_ID": f"e{ranks}"}], tmp_path, ranks)
+    found = {ranks: read_metrics(tmp_path / "logs" / f"w{ranks}") for ranks in (1, 2, 3)}
     for ranks in (2, 3):
         for label, row in found[1].items():
             if "train_loss" in row:
@@ -256,24 +256,14 @@ def test_ranks_do_not_change_training_or_scores(tiny_data, tmp_path):
                 assert found[ranks][label]["val_bpb"] == pytest.approx(
                     row["val_bpb"], abs=1e-5 if ranks == 2 else 1e-3
                 ), label
-    scores = {}
-    for ranks in (0, 2, 3):  # of the same artifact
-        done = process(
-            {**env, "RUN_ID": f"e{ranks}", "LOAD_ARTIFACT": "logs/w1/final_model.ptz"},
-            tmp_path,
-            ranks,
+    scores = [
+        {n: row["val_bpb"] for n, row in metrics.items() if "val_bpb" in row}
+        for metrics in (
+            tiny(**{**alone, "RUN_ID": "plain"}),
+            *(read_metrics(tmp_path / "logs" / f"e{ranks}") for ranks in (1, 2, 3)),
         )
-        assert done.returncode == 0, done.stderr[-2000:]
-        scores[ranks] = {
-            n: row["val_bpb"]
-            for n, row in read_metrics(tmp_path / "logs" / f"e{ranks}").items()
-            if "val_bpb" in row
-        }
-    assert (
-        len(scores[0]) == 4
-        and scores[2] == pytest.approx(scores[0], abs=1e-6)
-        and scores[3] == pytest.approx(scores[0], abs=1e-6)
-    )
+    ]
+    assert len(scores[0]) == 4 and scores[1:] == [pytest.approx(scores[0], abs=1e-6)] * 3
 
 
 @pytest.mark.slow
@@ -293,6 +283,7 @@ def test_torch_compile_gives_the_same_figures(tiny):
         assert compiled[label]["val_loss"] == pytest.approx(plain[label]["val_loss"], abs=2e-4)
 
 
+@pytest.mark.alone
 def test_wallclock_cap_ends_the_run_and_the_warmdown_reaches_its_end(tiny, capsys):
     found = tiny(
         MAX_WALLCLOCK_SECONDS="1.5",
@@ -341,7 +332,9 @@ def test_a_fault_ends_all_ranks_with_status_1(tiny_data, tmp_path):
         ), done.stderr[-2000:]
 
 
-def test_cpu_threads_are_left_alone_without_torchrun(monkeypatch):
+def test_cpu_threads_are_left_alone_without_torchrun():
     before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
     t.Run(config())
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before + 1
+    torch.set_num_threads(before)
