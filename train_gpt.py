@@ -56,6 +56,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
+from threading import Thread
 from time import perf_counter, sleep, strftime
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -69,11 +70,15 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 
 class BadInput(Exception):
-    """An unusable setting, file or argument. Exit status 2."""
+    """An unusable setting, file or argument."""
+
+    status = 2  # the exit status
 
 
 class Fault(Exception):
-    """Something went wrong on the way. Exit status 1."""
+    """Something went wrong on the way."""
+
+    status = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +183,9 @@ class Config:
         524288, "Tokens of an evaluation forward over all ranks.", low=1, high=2 * 10**9
     )
     val_loss_every: int = setting(4000, "Steps between validations; 0: only at the end.")
-    train_log_every: int = setting(500, "Steps between training lines, after ten.", low=1)
+    train_log_every: int = setting(
+        500, "Steps between training lines, after ten; slow steps get more of them.", low=1
+    )
     data_order: Literal["shuffled", "coprime"] = setting(
         "shuffled",
         "Sequences of an epoch: a permutation, or steps of a stride coprime to their number.",
@@ -728,7 +735,9 @@ def show_help(words: Sequence[str]) -> None:
 
 
 # ==================================================================================================
-# 3. Command line without torch: help, packing, writing a file
+# 3. Command line without torch: console, help, packing, writing a file
+#
+# No console is silent for long: what takes seconds has a name, which is said meanwhile.
 #
 # What counts against the 16,000,000 bytes is what is shipped: the packed copy of this file, of two
 # lines. Comments and docstrings (but for the module's, which --help prints) do not count, so they
@@ -740,6 +749,68 @@ PACKED_START = b"import base64,lzma\nexec(compile(lzma.decompress(base64.b85deco
 PACKED_END = b"')),__file__,'exec'))\n"
 # No alignment suits text; the .lzma container has the shortest header.
 PACKING = [dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, lc=3, lp=0, pb=0)]
+
+
+class Console:
+    """What is said to whoever watches: a run's lines, and what goes on while there are none.
+
+    A thread says the latter, so that one long call is no silence either: on standard error, and not
+    in the log.
+    """
+
+    PAUSE = 4.0  # seconds without a line
+
+    def __init__(self) -> None:
+        self.heard = perf_counter()  # the last line
+        self.activities = [("starting", self.heard)]  # name, begin; each inside the one before
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        with contextlib.suppress(OSError):  # a terminal that has gone
+            print(f"{text}\n", end="", flush=True)  # as one: nothing comes before its end
+        self.heard = perf_counter()
+
+    @contextlib.contextmanager
+    def doing(self, activity: str) -> Iterator[None]:
+        """Name what goes on inside, or in a function that this decorates."""
+        self.activities.append((activity, perf_counter()))
+        try:
+            yield
+        finally:
+            self.activities.pop()
+
+    def silent_in(self, seconds: float) -> bool:
+        """Whether, so many seconds from now, a pause will be over."""
+        return perf_counter() + seconds - self.heard > self.PAUSE
+
+    def start(self, waited: float = 0.0) -> None:
+        """Speak up at each pause from now on, on rank 0; waited: seconds of the first, so far."""
+        self.heard -= waited
+        if is_first_rank():
+            Thread(target=self.watch, daemon=True).start()
+
+    def watch(self) -> None:
+        """Speak up at each pause, for as long as the process lives."""
+        while True:
+            sleep(max(0.0, self.heard + self.PAUSE - perf_counter()) + 0.01)
+            if self.silent_in(0):
+                self.speak_up()
+
+    def speak_up(self) -> None:
+        """Say what goes on, and for how long."""
+        self.heard = perf_counter()
+        known = self.activities[1:] or self.activities
+        words = [f"{activity} {self.heard - began:.0f} s" for activity, began in known]
+        with contextlib.suppress(OSError):
+            print(f"... {', '.join(words)}\n", end="", file=sys.stderr, flush=True)
+
+
+CONSOLE = Console()
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one of a run that speaks and writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def strip_source(source: str) -> str:
@@ -832,27 +903,35 @@ def pack_to(words: Sequence[str]) -> None:
     print(f"{path}: {code_bytes()} bytes, of {len(read_source().encode())} bytes of source")
 
 
+def leave_quietly() -> None:
+    """Let Ctrl-C end a process that starts, without a traceback; nohup's stays ignored."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+
+
 def run_early(words: Sequence[str]) -> None:
     """Do what needs no torch, --help and --pack, and refuse unknown arguments. Exits if done."""
-    first_rank = os.environ.get("RANK", "0") == "0"  # under torchrun one does it for all
     try:
         if words and words[0] in ("--help", "-h"):
-            if first_rank:
+            if is_first_rank():  # under torchrun one does it for all
                 show_help(words[1:])
         elif words and words[0] == "--pack":
-            if first_rank:
+            if is_first_rank():
                 pack_to(words[1:])
         else:
             settings_from_arguments(words)
             return
     except (BadInput, Fault) as problem:
         print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2 if isinstance(problem, BadInput) else 1)
+        sys.exit(problem.status)
     sys.exit(0)
 
 
 if __name__ == "__main__":
     run_early(sys.argv[1:])
+    leave_quietly()
+    # torchrun was silent itself for some seconds
+    CONSOLE.start(3.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -1087,6 +1166,7 @@ class Ranks:
             if self.local_world > 1:  # torchrun gives each process one thread
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world))
 
+    @CONSOLE.doing("waiting for the other ranks")
     def connect(self) -> None:
         """Meet the other ranks."""
         if self.world == 1 or dist.is_initialized():
@@ -1345,8 +1425,7 @@ class RunLog:
     def line(self, text: str) -> None:
         """Print and log a line, on rank 0."""
         if self.ranks.rank == 0:
-            with contextlib.suppress(OSError):  # a terminal that has gone
-                print(text, flush=True)
+            CONSOLE.say(text)
             self.append(self.text, text)
 
     def metric(self, label: str, *, digits: int = 8, **fields: Any) -> None:
@@ -1397,6 +1476,7 @@ class CheckpointStore:
         """Files of a kind, oldest first."""
         return sorted(self.folder.glob(f"{kind}.*.ckpt"))
 
+    @CONSOLE.doing("writing a checkpoint")
     def wait(self) -> None:
         """Wait for what is being written. Raises the Fault that it ended in."""
         self.writing.result()
@@ -1548,6 +1628,7 @@ class TrainData:
     at least a sequence.
     """
 
+    @CONSOLE.doing("reading training shards")
     def __init__(self, c: Config, ranks: Ranks) -> None:
         """Raises BadInput for shards that are damaged or too short."""
         self.c, self.ranks, self.T = c, ranks, c.train_seq_len
@@ -1675,6 +1756,7 @@ class ValData:
     N is a multiple of EVAL_SEQ_LEN, as in the challenge.
     """
 
+    @CONSOLE.doing("reading validation shards")
     def __init__(self, c: Config, ranks: Ranks) -> None:
         """Raises BadInput if the shards or the tokenizer cannot be used."""
         tokens = np.concatenate(open_split(c, "val"))
@@ -2537,6 +2619,7 @@ class Calibration(NamedTuple):
     hessians: dict[str, Tensor]  # [columns,columns], for QUANT=gptq
 
 
+@CONSOLE.doing("calibrating")
 @torch.enable_grad()
 def calibrate(c: Config, ranks: Ranks, model: GPT, data: TrainData) -> Calibration:
     """Measure on training text what errors in weights cost; validation text is not asked (C3).
@@ -3124,6 +3207,7 @@ def unpack_lineage(data: bytes | bytearray) -> dict[str, Tensor]:
     return found
 
 
+@CONSOLE.doing("reading the artifact")
 def read_artifact(c: Config) -> tuple[Config, dict[str, Tensor]]:
     """(Config with its settings, tensors by name) of LOAD_ARTIFACT. Raises BadInput."""
     where = f"LOAD_ARTIFACT={c.load_artifact}"
@@ -3162,6 +3246,7 @@ def load_state(model: GPT, state: Mapping[str, Tensor], where: str | Path) -> No
     copy_tensors(split_banks(model.state_dict(), model.c.num_layers), state, where)
 
 
+@CONSOLE.doing("quantising")
 def export(c: Config, run: Run, model: GPT, calibration: Calibration | None) -> None:
     """Rank 0 quantises and writes."""
     if run.ranks.rank == 0:
@@ -3288,6 +3373,7 @@ class Averages:
             losses[name] = ranks.sum(total).item() / (len(tokens) - 1)
         return losses
 
+    @CONSOLE.doing("comparing averages")
     @torch.no_grad()
     def choose(
         self, run: Run, model: GPT, data: TrainData, calibration: Calibration | None
@@ -3658,6 +3744,7 @@ class Ctw(ScoringMethod):
 
     learns = True
 
+    @CONSOLE.doing("building context trees")
     def __init__(
         self, c: Config, ranks: Ranks, model: GPT, val: ValData, observer: Observer = SILENT
     ) -> None:
@@ -3688,6 +3775,7 @@ class Ctw(ScoringMethod):
         counts[at] += times
         return at, torch.lgamma(before + times + alpha) - torch.lgamma(before + alpha)
 
+    @CONSOLE.doing("weighting context trees")
     def learn(self, end: int) -> None:
         """Count targets before end, and weight the nodes on their paths."""
         new = slice(self.end, end)
@@ -4012,6 +4100,7 @@ class Pass:
             moments.append(self.ranks.moment())
         return moments
 
+    @CONSOLE.doing("test-time training")
     def train(self, chunk: int) -> None:
         """Train on a scored chunk, if the pass does."""
         if self.trainer:
@@ -4055,6 +4144,7 @@ def score_batch(work: Pass, windows: slice) -> list[Any]:
     return moments
 
 
+@CONSOLE.doing("compiling")
 def prime_pass(work: Pass) -> float:
     """Compile what a pass will call; seconds. Nothing of it remains."""
     began = perf_counter()
@@ -4078,6 +4168,7 @@ def prime_pass(work: Pass) -> float:
     return perf_counter() - began
 
 
+@CONSOLE.doing("scoring")
 def score(
     run: Run,
     model: GPT,
@@ -4203,6 +4294,7 @@ def log_result(
     run.log.metric(f"final_{weights}_{label}", **figures)
 
 
+@CONSOLE.doing("pre-quantisation TTT")
 def train_on_validation(c: Config, run: Run, model: GPT, val: ValData) -> None:
     """Pre-quantisation TTT (#1488): AdamW on tokens before they are scored. Breaks C3."""
     adam = functools.partial(torch.optim.AdamW, weight_decay=0.0)
@@ -4246,6 +4338,7 @@ class LateQat:
                 self.bank_grid[name] = torch.zeros(shape, dtype=torch.int8, device=p.device)
         self.grid = split_banks(self.bank_grid, c.num_layers)  # views, by matrix
 
+    @CONSOLE.doing("fixing the grid of late QAT")
     def start(self, ranks: Ranks, data: TrainData) -> None:
         """Fix the grid that the export would take now."""
         calibration = None
@@ -4322,6 +4415,7 @@ class Rehearsal(NamedTuple):
     end: float = 0.0  # what comes after the last step
 
 
+@CONSOLE.doing("compiling")
 def prime(c: Config, run: Run, model: GPT, data: TrainData) -> Rehearsal:
     """Compile, and measure, before the clock starts; nothing remains of it."""
     ranks = run.ranks
@@ -4522,6 +4616,7 @@ def log_loss(run: Run, label: str, loss: Tensor, *, clock: Clock, step: int) -> 
     run.log.metric(label, digits=4, train_loss=loss.item(), train_time=ms, step_avg=ms / step)
 
 
+@CONSOLE.doing("training")
 def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Calibration | None:
     """Train, from a checkpoint if there is one, and put the best average into the model.
 
@@ -4581,7 +4676,8 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
         averages.update(factor)
         finite = torch.isfinite(loss + norm)
         first_bad = torch.where(finite, first_bad, first_bad.clamp(max=step + 1))
-        if step < 10 or (step + 1) % c.train_log_every == 0:
+        slow = ranks.rank == 0 and CONSOLE.silent_in(clock.step_ms / 1000)
+        if step < 10 or (step + 1) % c.train_log_every == 0 or slow:
             log_loss(run, f"step:{step + 1}/{c.iterations}", loss, clock=clock, step=step + 1)
     if step < c.iterations:
         run.log.line(
@@ -4785,8 +4881,8 @@ def main() -> None:
         given = settings_from_arguments(sys.argv[1:])
         run_all(load_config({**os.environ, **given}))
         sys.exit(0)
-    except (SystemExit, KeyboardInterrupt) as done:
-        os._exit(getattr(done, "code", 130))  # taking gloo down aborts some ranks
+    except SystemExit as done:
+        os._exit(int(done.code or 0))  # taking gloo down aborts some ranks
     except Exception as problem:
         if not isinstance(problem, (BadInput, Fault, OSError)):
             sys.excepthook(*sys.exc_info())
@@ -4795,7 +4891,7 @@ def main() -> None:
             sleep(3)  # torchrun names the rank that ends first
         print(f"error: {problem}", file=sys.stderr, flush=True)
         # at once: a rank must not wait for others in a collective
-        os._exit(2 if isinstance(problem, BadInput) else 1)
+        os._exit(getattr(problem, "status", 1))
 
 
 if __name__ == "__main__":
