@@ -9,13 +9,18 @@ it is whole, so a command can be stopped at any time; started again, it continue
 room (one line on stderr), 130 interrupted.
 """
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while numpy is imported
+
 import argparse
 import contextlib
 import hashlib
 import io
 import itertools
 import json
-import os
 import re
 import shutil
 import sys
@@ -46,6 +51,7 @@ SAMPLE_BYTES, BLOCK, PART = (
     2**20,
 )  # bytes a tokenizer learns from; characters of its sentences, of an encoding
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
+COUNTS = ("documents", "tokens", "bytes", "changed", "dropped")  # of a shard, in prepare.json
 
 
 class BadInput(Exception):
@@ -244,10 +250,7 @@ def write_split(folder, split, stream, rows, save, shard_tokens, max_tokens):
             first.append(document)
         if rows and not any(len(ids) for ids, *_ in first):
             break
-        stream, row = (
-            itertools.chain(first, stream),
-            dict(documents=0, tokens=0, bytes=0, changed=0, dropped=0),
-        )
+        stream, row = (itertools.chain(first, stream), dict.fromkeys(COUNTS, 0))
         total += write_shard(folder / f"fineweb_{split}_{len(rows):06d}.bin", fill(row))
         rows.append(row)
         save()
@@ -257,10 +260,10 @@ def summary(record):
     """The counts of a data set in words."""
     text = []
     for split in ("train", "val"):
-        n = {key: sum(row[key] for row in record[split]) for key in record[split][0]}
+        n = {key: sum(row[key] for row in record[split]) for key in COUNTS}
         text.append(
             f"{split} {len(record[split])} files, {n['tokens']:,} tokens, {n['documents']:,} documents"
-            + f", {n['bytes'] / n['tokens']:.3f} bytes a token" * (split == "val")
+            + f", {n['bytes'] / max(1, n['tokens']):.3f} bytes a token" * (split == "val")
             + f", {n['changed']:,} changed by the tokenizer's normalisation" * (n["changed"] > 0)
             + f", {n['dropped']:,} dropped, having no encoding" * (n["dropped"] > 0)
         )
@@ -268,11 +271,18 @@ def summary(record):
 
 
 def read_json(path):
-    """The object in a JSON file, {} if there is none."""
+    """What an earlier command wrote to a prepare.json, {} if there is nothing of the kind."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return {}
+    splits = [found.get(split) for split in ("val", "train")] if isinstance(found, dict) else [0]
+    whole = all(
+        isinstance(rows, list)
+        and all(isinstance(row, dict) and set(COUNTS) <= set(row) for row in rows)
+        for rows in splits
+    )
+    return found if whole and "settings" in found else {}
 
 
 def build(args, name, model, splits, settings, text_bytes, keep=False):
@@ -568,18 +578,24 @@ def number(kind, low, high):
     """A parser of command-line numbers from low to high."""
 
     def amount(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text}: allowed are {low} to {high}")
-        return kind(text)
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text}: allowed are {low} to {high}")
 
     return amount
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line; what is wrong with it is told in one line."""
+
+    def error(self, message):
+        raise BadInput(f"{message}; see {self.prog} --help")
+
+
 def parser():
     """The command line."""
-    top = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, made = top.add_subparsers(required=True, metavar="COMMAND"), {}
     for run in (demo, fineweb, text):
         p = made[run] = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
@@ -645,13 +661,19 @@ def parser():
 
 def main(argv=None, fetch=None):
     """Run the command line; returns the exit status. fetch(repo path, folder) -> local path stands in for the hub in tests."""
-    args, stop = parser().parse_args(argv), threading.Event()
+    stop = threading.Event()
     threading.Thread(target=STATUS.show, args=(stop, time.monotonic()), daemon=True).start()
     try:
-        args.run(args, fetch)
+        with contextlib.suppress(SystemExit):  # --help
+            args = parser().parse_args(argv)
+            args.run(args, fetch)
+        sys.stdout.flush()
         return 0
     except BadInput as why:
         print(f"prepare.py: {why}", file=sys.stderr)
+    except BrokenPipeError:  # who read the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as why:
         print(f"prepare.py: {why.filename or args.out}: {why.strerror or why}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -663,4 +685,6 @@ def main(argv=None, fetch=None):
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -493,8 +493,9 @@ def test_bad_input(tmp_path, capsys, model):
     assert "--name" in refused(capsys, "text", good, "--name", "../x", "--out", tmp_path / "out")
     (tmp_path / "file").write_text("")
     assert "file" in refused(capsys, "demo", "--out", tmp_path / "file")
-    with pytest.raises(SystemExit, match="2"):
-        prepare.main(["text", str(good), "--name", "n", "--vocab-size", "65537"])
+    for size in ("65537", "many", "-1"):
+        told = refused(capsys, "text", good, "--name", "n", "--vocab-size", size)
+        assert f"{size}: allowed are 261 to 65536" in told
 
 
 def test_large_tokenizer_is_refused(tmp_path, model):

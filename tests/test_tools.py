@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, process, read_metrics, t
+from conftest import ROOT, TINY, process, read_metrics, t, without_pauses
 
 from tools import ablate, audit
 
-TOOLS = ("report", "record", "ablate", "audit", "quantise", "bench", "gpu")
+TOOLS = ("report", "record", "ablate", "audit", "quantise", "bench", "gpu")  # with examples
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,10 @@ def tool(name, words, env, cwd, ranks=0):
         *words,
     ]
     clean = {k: v for k, v in os.environ.items() if k not in set(t.SETTINGS)}
-    return subprocess.run(
+    done = subprocess.run(
         command, env={**clean, **env}, cwd=cwd, capture_output=True, text=True, timeout=300
     )
+    return without_pauses(done)
 
 
 @pytest.fixture

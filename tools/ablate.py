@@ -22,8 +22,13 @@ if not __package__:
     print("error: the tools are a package: python -m tools.ablate ...", file=sys.stderr)
     sys.exit(2)
 
-import argparse
+from tools import console
+
+if __name__ == "__main__":
+    console.begin()
+
 import csv
+import io
 import itertools
 import math
 import os
@@ -318,27 +323,28 @@ def draw(results, folder, title):
 
 def read_results(folder):
     """Results as written to a folder's ablate.csv. Raises BadInput."""
-    if not (folder / "ablate.csv").is_file():
-        raise t.BadInput(f"{folder}: has no ablate.csv.")
-    with open(folder / "ablate.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        for key in ("val_loss", "val_bpb", "diff", "low", "high", "seconds"):
-            row[key] = float(row[key])
-        row["causal"], row["grid"] = (
-            row["causal"] == "True",
-            dict(w.split("=") for w in row["grid"].split()),
-        )
+    path = folder / "ablate.csv"
+    if not path.is_file():
+        raise t.BadInput(f"{folder}: has no ablate.csv; give the RUN_ID of an ablation in logs/.")
+    rows = list(csv.DictReader(io.StringIO(console.read_text(path), newline="")))
+    try:
+        for row in rows:
+            for key in ("val_loss", "val_bpb", "diff", "low", "high", "seconds"):
+                row[key] = float(row[key])
+            row["causal"] = row["causal"] == "True"
+            row["grid"] = dict(w.split("=") for w in row["grid"].split())
+            row["row"], row["base"]
+    except (KeyError, ValueError, TypeError, AttributeError):
+        rows = []
+    if not rows:
+        raise t.BadInput(f"{path}: is no table of an ablation; bring it back, or ablate again.")
     return rows
 
 
+@console.tool
 def main(argv=None):
-    """Run the rows; 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.ablate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Run the rows."""
+    parser = console.Parser("ablate", __doc__)
     parser.add_argument("--artifact", help="final_model.ptz to evaluate")
     parser.add_argument(
         "--run-id",
@@ -362,31 +368,28 @@ def main(argv=None):
         help="evaluators or presets with settings; the first one is compared with",
     )
     args = parser.parse_args(argv)
-    try:
-        if args.redraw:
-            folder = Path("logs") / args.run_id
-            draw(read_results(folder), folder, args.title)
-            return 0
-        env = {**os.environ, "RUN_ID": args.run_id, "RESUME": "0"}
-        if not args.artifact or not args.rows:
-            raise t.BadInput("--artifact and at least one row are needed; see --help.")
-        known = {name for name in t.SETTINGS if name.startswith(EVALUATION)}
-        grid = [(g.partition("=")[0], g.partition("=")[2].split(",")) for g in args.grid]
-        if [n for n, values in grid if n not in known or not values[0]]:
-            raise t.BadInput(
-                f"--grid {' '.join(args.grid)}: write SETTING=A,B with a setting of evaluation."
-            )
-        run, c, model, val = audit.load(args.artifact, {**env, "EVALS": "none"})
-        rows = cross([parse_row(text, env, c) for text in args.rows], grid)
-        for _, _, row, *_ in rows:
-            problems = t.cross_check(row)
-            if problems:
-                raise t.BadInput(" ".join(problems))
-        run.log.start()
-        results = ablate(run, model, val, rows)
-    except (t.BadInput, t.Fault, ValueError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    if args.redraw:
+        folder = Path("logs") / args.run_id
+        draw(read_results(folder), folder, args.title)
+        return 0
+    env = {**os.environ, "RUN_ID": args.run_id, "RESUME": "0"}
+    if not args.artifact or not args.rows:
+        raise t.BadInput("--artifact and at least one row are needed; see --help.")
+    known = {name for name in t.SETTINGS if name.startswith(EVALUATION)}
+    grid = [(g.partition("=")[0], g.partition("=")[2].split(",")) for g in args.grid]
+    if [n for n, values in grid if n not in known or not values[0]]:
+        raise t.BadInput(
+            f"--grid {' '.join(args.grid)}: write SETTING=A,B with a setting of evaluation."
+        )
+    run, c, model, val = audit.load(args.artifact, {**env, "EVALS": "none"})
+    rows = cross([parse_row(text, env, c) for text in args.rows], grid)
+    console.refuse_repeated(row[0] for row in rows)
+    for _, _, row, *_ in rows:
+        problems = t.cross_check(row)
+        if problems:
+            raise t.BadInput(" ".join(problems))
+    run.log.start()
+    results = ablate(run, model, val, rows)
     if run.ranks.rank == 0:
         with open(run.log.folder / "ablate.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, results[0])
@@ -401,6 +404,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # at once: taking gloo down can abort a rank
+    console.run(main)

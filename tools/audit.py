@@ -24,7 +24,11 @@ if not __package__:
     print("error: the tools are a package: python -m tools.audit ...", file=sys.stderr)
     sys.exit(2)
 
-import argparse
+from tools import console
+
+if __name__ == "__main__":
+    console.begin()
+
 import dataclasses
 import math
 import os
@@ -254,29 +258,31 @@ def settings_of(words, preset):
     wrong = [w for w in words if "=" not in w]
     if wrong:
         raise t.BadInput(f"{wrong[0]}: not a setting; write NAME=VALUE.")
-    return {
-        **os.environ,
-        **({"PRESET": preset} if preset else {}),
-        **dict(w.split("=", 1) for w in words),
-    }
+    given = t.settings_from_arguments(words)
+    return {**os.environ, **({"PRESET": preset} if preset else {}), **given}
 
 
+@console.tool
 def main(argv=None):
     """Print the table; the exit status says whether all claims hold."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.audit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = console.Parser("audit", __doc__)
     parser.add_argument("--artifact", required=True, help="final_model.ptz to evaluate")
     parser.add_argument("--preset", help="settings of a published system")
     parser.add_argument(
-        "--targets", type=int, default=4096, help="targets of the stream (default 4096)"
+        "--targets",
+        type=console.number(int, 1, t.MAX_INT),
+        default=4096,
+        help="targets of the stream (default 4096)",
     )
-    parser.add_argument("--probes", type=int, default=24, help="flips per evaluator (default 24)")
+    parser.add_argument(
+        "--probes",
+        type=console.number(int, 1, t.MAX_INT),
+        default=24,
+        help="flips per evaluator (default 24)",
+    )
     parser.add_argument(
         "--sums",
-        type=int,
+        type=console.number(int, 0, t.MAX_INT),
         default=1,
         help="places to sum probabilities at, a run per token each; 0: C2 unchecked (default 1)",
     )
@@ -285,18 +291,16 @@ def main(argv=None):
     # sums by atomics come out differently in each run, and C1 compares bits
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     t.torch.use_deterministic_algorithms(t.torch.cuda.is_available())
-    try:
-        run, c, model, val = load(args.artifact, settings_of(args.settings, args.preset))
-        run.log.line = lambda text: None  # no progress lines
-        n = min(val.n, max(args.targets, 2 * c.eval_seq_len) // c.eval_seq_len * c.eval_seq_len)
-        c = shrink(c, n)
-        reports = [
-            audit(run, model, val.tokens[: n + 1], label, c, args.probes, args.sums)
-            for label in c.evals
-        ]
-    except (t.BadInput, t.Fault) as problem:
-        print(f"error: {problem}", file=sys.stderr, flush=True)
-        return 2
+    run, c, model, val = load(args.artifact, settings_of(args.settings, args.preset))
+    if not c.evals:
+        raise t.BadInput("EVALS=none: leaves nothing to audit; name evaluators.")
+    run.log.line = lambda text: None  # no progress lines
+    n = min(val.n, max(args.targets, 2 * c.eval_seq_len) // c.eval_seq_len * c.eval_seq_len)
+    c = shrink(c, n)
+    reports = []
+    for label in c.evals:
+        with t.CONSOLE.doing(f"auditing {label}"):
+            reports.append(audit(run, model, val.tokens[: n + 1], label, c, args.probes, args.sums))
     if run.ranks.rank == 0:
         print(
             f"{n} targets, {run.ranks.world} rank(s), chunks of {c.ttt_chunk_tokens}, SLOT_BATCH_SEQS {c.slot_batch_seqs}"
@@ -306,6 +310,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # at once: taking gloo down can abort a rank
+    console.run(main)

@@ -18,7 +18,11 @@ if not __package__:
     print("error: the tools are a package: python -m tools.bench ...", file=sys.stderr)
     sys.exit(2)
 
-import argparse
+from tools import console
+
+if __name__ == "__main__":
+    console.begin()
+
 import contextlib
 import copy
 import dataclasses
@@ -242,11 +246,10 @@ def bench_step(b):
 def child_memory(name):
     """Bytes that the process grows by, at its largest, in three training steps; measured in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "tools.bench", "--memory", name],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-m", "tools.bench", "--memory", name], capture_output=True, text=True
     )
+    if done.returncode:
+        raise t.Fault(f"bench --memory {name}: {done.stderr[-500:]}")
     return int(done.stdout.split()[-1])
 
 
@@ -583,7 +586,16 @@ def cells(row):
 def evidence(logs):
     """JSON files of a folder logs/, those of a CPU first."""
     files = sorted([*logs.glob("speed/bench_*.json"), *logs.glob("gpu/bench_*.json")])
-    return sorted(files, key=lambda path: json.loads(path.read_text())["cuda"])
+    return sorted(files, key=lambda path: read_bench(path)["cuda"])
+
+
+def read_bench(path):
+    """What main() wrote to a file. Raises BadInput."""
+    found = console.read_json(path)
+    needed = {"cuda", "device", "command", "torch", "python", "attention", "rounds", "parts"}
+    if not {*needed, "configuration"} <= set(found):
+        raise t.BadInput(f"{path}: is no benchmark's; bring it back, or time again.")
+    return found
 
 
 def render(files):
@@ -596,7 +608,7 @@ def render(files):
         "`tools/plain.py`, are plain PyTorch of the same arithmetic; a part counts only if its results are theirs.",
     ]
     for path in files:
-        found = json.loads(path.read_text())
+        found = read_bench(path)
         lines += [
             "",
             f"## {found['device']}",
@@ -621,7 +633,7 @@ def render(files):
                     "",
                     "The lineage's seconds were measured elsewhere with the same settings: no comparison in turn.",
                 ]
-    if not any(json.loads(path.read_text())["cuda"] for path in files):
+    if not any(read_bench(path)["cuda"] for path in files):
         lines += [
             "",
             "## GPU",
@@ -675,74 +687,86 @@ def device_name(run):
     return f"CPU, {torch.get_num_threads()} threads", "cpu"
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+@console.tool
+def main(argv=None):
+    """Time the parts, or write the page of what was timed."""
+    parser = console.Parser("bench", __doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
-    parser.add_argument("--rounds", type=int, default=7, help="of which medians are taken (7)")
-    parser.add_argument("--targets", type=int, default=16384, help="of sliding evaluation (16384)")
+    parser.add_argument(
+        "--rounds",
+        type=console.number(int, 1, 1000),
+        default=7,
+        help="of which medians are taken (7)",
+    )
+    parser.add_argument(
+        "--targets",
+        type=console.number(int, 1, t.MAX_INT),
+        default=16384,
+        help="of sliding evaluation (16384)",
+    )
     parser.add_argument("--lineage", type=Path, metavar="DIR", help="folder with a/ and b1313/")
     parser.add_argument(
         "--out", type=Path, help="JSON file instead of logs/speed/bench_DEVICE.json"
     )
     parser.add_argument("--render", action="store_true", help="only write docs/benchmarks.md")
-    parser.add_argument("--memory", choices=("plain", "script"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--memory", choices=("plain", "script"), help=console.HIDDEN)
+    options = parser.parse_args(argv)
     if options.render:
         Path("docs/benchmarks.md").write_text(render(evidence(Path("logs"))))
         return
-    try:
-        b = Bench(t.load_config(os.environ), options.rounds, options.targets)
-        if options.memory:
-            print(measure_memory(b, options.memory))
-            return
-        title, short = device_name(b.run)
-        given = sorted(b.c.explicit - {"preset", "data_path", "tokenizer_path"})
-        found = {
-            "device": title,
-            "cuda": b.run.ranks.cuda,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "rounds": b.rounds,
-            "attention": t.attention_kernel(b.attention[0], b.c, b.run.ranks),
-            "configuration": " ".join(
-                [
-                    f"PRESET={t.shown(b.c.preset)}",
-                    *(f"{n.upper()}={t.shown(getattr(b.c, n))}" for n in given),
-                ]
-            ),
-            "command": " ".join(
-                [
-                    "python -m tools.bench",
-                    *("DIR" if a.startswith(("/", "..")) else a for a in sys.argv[1:]),
-                ]
-            ),
-            "sha256_of_script": hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest(),
-            "parts": {},
-        }
-        path = options.out or Path("logs/speed") / f"bench_{short}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        jobs = [(PARTS[name][1], lambda name=name: PARTS[name][0](b)) for name in options.parts]
-        if options.lineage:
-            jobs.append(
-                (
-                    "Against the lineage's own scripts, CPU seconds of one thread",
-                    lambda: bench_lineage(options.lineage),
+    b = Bench(t.load_config(os.environ), options.rounds, options.targets)
+    if options.memory:
+        print(measure_memory(b, options.memory))
+        return
+    title, short = device_name(b.run)
+    given = sorted(b.c.explicit - {"preset", "data_path", "tokenizer_path"})
+    found = {
+        "device": title,
+        "cuda": b.run.ranks.cuda,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "rounds": b.rounds,
+        "attention": t.attention_kernel(b.attention[0], b.c, b.run.ranks),
+        "configuration": " ".join(
+            [
+                f"PRESET={t.shown(b.c.preset)}",
+                *(f"{n.upper()}={t.shown(getattr(b.c, n))}" for n in given),
+            ]
+        ),
+        "command": " ".join(
+            [
+                "python -m tools.bench",
+                *("DIR" if a.startswith(("/", "..")) else a for a in sys.argv[1:]),
+            ]
+        ),
+        "sha256_of_script": hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest(),
+        "parts": {},
+    }
+    path = options.out or Path("logs/speed") / f"bench_{short}.json"
+    if path.is_dir():
+        raise t.BadInput(f"--out {path}: is a folder; give the path of a JSON file.")
+    jobs = [(PARTS[name][1], lambda name=name: PARTS[name][0](b)) for name in options.parts]
+    if options.lineage:
+        for name in LINEAGE:
+            if not (options.lineage / name / "settings.env").is_file():
+                raise t.BadInput(
+                    f"--lineage {options.lineage}: has no {name}/settings.env; give a folder that has."
                 )
+        jobs.append(
+            (
+                "Against the lineage's own scripts, CPU seconds of one thread",
+                lambda: bench_lineage(options.lineage),
             )
-        for title, job in jobs:
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for title, job in jobs:
+        with t.CONSOLE.doing(title):
             found["parts"][title] = job()
-            for one in found["parts"][title]:
-                print(f"{title}: " + " | ".join(x for x in cells(one) if x), flush=True)
-            path.write_text(json.dumps(found, indent=1) + "\n")  # what was measured so far survives
-        print(f"wrote {path}")
-    except (t.BadInput, t.Fault) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2 if isinstance(problem, t.BadInput) else 1)
+        for one in found["parts"][title]:
+            print(f"{title}: " + " | ".join(x for x in cells(one) if x), flush=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")  # what was measured so far survives
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

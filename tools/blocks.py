@@ -6,11 +6,19 @@
 A block stands between <!-- block NAME --> and <!-- end -->. Tests compare all of them.
 """
 
-import argparse
-import json
+import sys
+
+if not __package__:
+    print("error: the tools are a package: python -m tools.blocks ...", file=sys.stderr)
+    sys.exit(2)
+
+from tools import console
+
+if __name__ == "__main__":
+    console.begin()
+
 import re
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,9 +87,8 @@ STEP_MS = 84  # of #1084's authors on 8 H100
 def metrics(name: str) -> dict[str, dict]:
     """Figures of a committed run by label."""
     found: dict[str, dict] = {}
-    for line in (LOGS / name / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        found.setdefault(row.pop("label"), {}).update(row)
+    for row in console.read_rows(LOGS / name / "metrics.jsonl"):
+        found.setdefault(row.pop("label", ""), {}).update(row)
     return found
 
 
@@ -301,7 +308,7 @@ def gpu_step_lines() -> list[str]:
     """Training steps on a GPU, with torch's mixed-order reductions and without."""
     rows = []
     for what, name in (("as it is", "h200_mix1"), ("without mixed-order reductions", "h200")):
-        found = json.loads((LOGS / "gpu" / f"{name}_step.json").read_text())
+        found = console.read_json(LOGS / "gpu" / f"{name}_step.json")
         row = [what, f"{1000 * found['step']:.1f} ms", f"{1000 * found['qat_step']:.1f} ms"]
         row += [f"{found['tokens_per_second']:,.0f}", f"{100 * found['mfu']:.1f} %"]
         row += [f"{found['memory'] / 2**30:.1f} GiB", f"{found['first_step']:.0f} s"]
@@ -312,7 +319,7 @@ def gpu_step_lines() -> list[str]:
 
 def gpu_kernel_lines() -> list[str]:
     """What a training step's time on a GPU goes to, by the names of its kernels."""
-    found = json.loads((LOGS / "gpu" / "h200_mix1_step.json").read_text())
+    found = console.read_json(LOGS / "gpu" / "h200_mix1_step.json")
     kinds = {
         "attention, backward": r"bprop|compute_dot|convert_dq|fmha_reduce",
         "attention, forward": r"fprop",
@@ -402,22 +409,32 @@ def pages() -> list[Path]:
     return [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def made(name: str) -> str:
+    """A block's lines. Raises BadInput if there is no such block, or logs/ lacks what it says."""
+    if name not in MAKERS:
+        raise t.BadInput(f"<!-- block {name} -->: no such block; there are {', '.join(MAKERS)}.")
+    try:
+        return "\n".join(MAKERS[name]())
+    except LookupError as why:
+        raise t.BadInput(f"<!-- block {name} -->: logs/ has no {why}; bring the log back.") from why
+
+
 def rendered(text: str) -> str:
     """A page's text with its blocks made anew."""
-    return BLOCK.sub(lambda m: m[1] + "\n".join(MAKERS[m[2]]()) + "\n" + m[4], text)
+    return BLOCK.sub(lambda m: m[1] + made(m[2]) + "\n" + m[4], text)
 
 
-def main() -> int:
+@console.tool
+def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.Parser("blocks", __doc__)
     parser.add_argument("--write", action="store_true", help="write the blocks anew")
-    write = parser.parse_args().write
+    write = parser.parse_args(argv).write
     stale = 0
     for path in pages():
-        old = path.read_text()
-        new = rendered(old)
+        old = console.read_text(path)
+        with t.CONSOLE.doing(f"making the blocks of {path.name}"):
+            new = rendered(old)
         if new == old:
             continue
         stale += 1
@@ -428,4 +445,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

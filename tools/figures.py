@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tools.tables import read_nats
+
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # told apart in black and white too
 STEPS = (
     ("before\naveraging", "prequant"),
@@ -93,7 +95,7 @@ def running(log):
     path = log.path.with_suffix("") / f"nll_{log.score.stage}.npy"
     if not path.is_file():
         return np.zeros((0, 2))
-    nats = np.load(path)
+    nats = read_nats(path)
     at = np.linspace(len(nats) // 200 + 1, len(nats), 200).astype(int)
     return np.stack(
         [at / len(nats), np.cumsum(nats)[at - 1] / at * log.score.val_bpb / log.score.val_loss], 1

@@ -51,8 +51,9 @@ def status_line(log, width):
 
 
 def follow(path, pause=2.0, out=sys.stdout):
-    """Show a run until it ends: one line that is written over on a terminal, a new line when it changed elsewhere."""
+    """Show a run until it ends: one line that is written over on a terminal, elsewhere a new one when it changed or was long ago."""
     last, tty, silent = None, out.isatty(), 60
+    shown_at = 0.0
     while True:
         try:
             log = read_log(path)
@@ -70,7 +71,8 @@ def follow(path, pause=2.0, out=sys.stdout):
             and not (log.finished or log.errors or log.stopped)
         ):
             line += "  (nothing new for a minute: killed?)"
-        if line != last:
+        if line != last or time.monotonic() - shown_at > 3:
+            shown_at = time.monotonic()
             print(("\r\x1b[K" if tty else "") + line, end="" if tty else "\n", file=out, flush=True)
         last = line
         if log and (log.finished or log.errors or log.stopped):

@@ -16,10 +16,15 @@ if not __package__:
     print("error: the tools are a package: python -m tools.gpu ...", file=sys.stderr)
     sys.exit(2)
 
-import argparse
+from tools import console
+
+if __name__ == "__main__":
+    console.begin()
+
 import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import tempfile
@@ -204,7 +209,7 @@ def summary(name: str) -> Iterator[str]:
     """Lines of what was measured, with what falls short of its goal."""
     step = FOLDER / f"{name}_step.json"
     if step.exists():
-        found = json.loads(step.read_text())
+        found = console.read_json(step)
         yield f"# {found['device']}, torch {found['torch']}, attention {found['attention']}"
         yield ""
         yield (
@@ -234,34 +239,37 @@ def summary(name: str) -> Iterator[str]:
             yield f"{part}: {path.read_text().strip().splitlines()[-1].strip('= ')}"
 
 
+@console.tool
 def main(argv: list[str] | None = None) -> int:
     """Do the parts and print the summary; the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.Parser("gpu", __doc__)
     parser.add_argument("--name", help="of the files in logs/gpu")
-    parser.add_argument("--minutes", type=float, default=25, help="for all parts (25)")
+    parser.add_argument(
+        "--minutes", type=console.number(float, 0.01, 10**4), default=25, help="for all parts (25)"
+    )
     parser.add_argument("--parts", nargs="+", choices=SHARES, default=[*SHARES])
-    parser.add_argument("--steps", type=int, default=12, help="to time, of each kind (12)")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--steps", type=console.number(int, 1, 10**4), default=12, help="to time, of each kind (12)"
+    )
+    parser.add_argument("--measure", type=Path, help=console.HIDDEN)
     options = parser.parse_args(argv)
-    try:
-        c = t.load_config(os.environ)
-        t.Ranks(c)
-        if options.measure:
-            options.measure.write_text(json.dumps(measure(c, options.steps), indent=1) + "\n")
-            return 0
-        if not options.name:
-            parser.error("--name is missing")
-    except t.BadInput as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    c = t.load_config(os.environ)
+    t.Ranks(c)
+    if options.measure:
+        options.measure.write_text(json.dumps(measure(c, options.steps), indent=1) + "\n")
+        return 0
+    if not re.fullmatch(r"\w[\w.-]*", options.name or ""):
+        raise t.BadInput(
+            f"--name {options.name}: files are named by it; letters, digits and . _ - only."
+        )
     FOLDER.mkdir(parents=True, exist_ok=True)
     shares = {part: SHARES[part] for part in options.parts}
     for part, share in shares.items():
         seconds = 60 * options.minutes * share / sum(shares.values())
         print(f"{part}: at most {seconds:.0f} s ...", flush=True)
-        print(f"{part}: {carry_out(part, options.name, seconds, options.steps)}", flush=True)
+        with t.CONSOLE.doing(part):
+            done = carry_out(part, options.name, seconds, options.steps)
+        print(f"{part}: {done}", flush=True)
     text = "\n".join(summary(options.name)) + "\n"
     (FOLDER / f"{options.name}.md").write_text(text)
     print(text)
@@ -271,4 +279,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

@@ -40,6 +40,8 @@ WHOLE = re.compile(rb"(val_bpb:\d+\.\d{8}|\d+ms|\d bytes)\r?$")
 class LogError(Exception):
     """A file that is no log, or cannot be read: one line that says so."""
 
+    status = 2  # the exit status
+
 
 @dataclasses.dataclass
 class Result:

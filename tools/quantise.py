@@ -21,8 +21,11 @@ if not __package__:
     print("error: the tools are a package: python -m tools.quantise ...", file=sys.stderr)
     sys.exit(2)
 
-import argparse
-import json
+from tools import console
+
+if __name__ == "__main__":
+    console.begin()
+
 import os
 import re
 from pathlib import Path
@@ -92,28 +95,35 @@ def compare(run, c, model, val, data, rows, budgets):
     return found
 
 
+def table_row(row):
+    """A row of metrics.jsonl as a line of Markdown."""
+    name = row["label"].split("@")[0].replace(",", " ")
+    more = row["level_bytes"] / row["entropy_bytes"] - 1
+    return (
+        f"| {name} | {row['model_bytes']:,} B | {more:+.1%} | {row['damage']:.5f} | {row['error']:.5f} | "
+        f"{row['quantise']:.0f} s | {row['load']:.1f} s |"
+    )
+
+
 def table(folder):
     """Lines of a Markdown table of what main() wrote into a folder."""
     lines = [
         "| quantiser | artifact | levels over their entropy | val_loss lost | standard error | quantised in | loaded in |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines()):
-        if "damage" in row:
-            lines.append(
-                f"| {row['label'].split('@')[0].replace(',', ' ')} | {row['model_bytes']:,} B | {row['level_bytes'] / row['entropy_bytes'] - 1:+.1%} | "
-                f"{row['damage']:.5f} | {row['error']:.5f} | {row['quantise']:.0f} s | {row['load']:.1f} s |"
-            )
+    path = Path(folder) / "metrics.jsonl"
+    rows = [row for row in console.read_rows(path) if "damage" in row]
+    try:
+        lines += map(table_row, rows)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        raise t.BadInput(f"{path}: a row has not what this tool wrote; quantise again.") from None
     return lines
 
 
+@console.tool
 def main(argv=None):
-    """Run the rows; 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.quantise",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Run the rows."""
+    parser = console.Parser("quantise", __doc__)
     parser.add_argument(
         "--table", metavar="FOLDER", help="only print what was written there before"
     )
@@ -127,7 +137,7 @@ def main(argv=None):
     parser.add_argument(
         "--bytes",
         action="append",
-        type=int,
+        type=console.number(int, 0, t.MAX_INT),
         help="size of the artifact without code; 0: the finest steps",
     )
     parser.add_argument("rows", nargs="*", help="settings of quantising")
@@ -135,39 +145,36 @@ def main(argv=None):
     if args.table:
         print("\n".join(table(args.table)))
         return 0
-    try:
-        if not (args.checkpoint and args.run_id and args.rows):
-            raise t.BadInput("--checkpoint, --run-id and at least one row are needed; see --help.")
-        env = {
-            **os.environ,
-            "RUN_ID": args.run_id,
-            "LOAD_CHECKPOINT": args.checkpoint,
-            "RESUME": "0",
-            "EVALS": "none",
-        }
-        c = t.load_config(env)
-        rows = [parse_row(text, env) for text in args.rows]
-        run, kind = t.Run(c), f"{args.average}." if args.average else ""
-        tensors, model, val, data = (
-            t.read_checkpoint(args.checkpoint),
-            t.GPT(c).to(run.ranks.device),
-            t.ValData(c, run.ranks),
-            t.TrainData(c, run.ranks),
-        )
-        there = {n.removeprefix(kind): w for n, w in tensors.items() if n.startswith(kind)}
-        names = dict(model.named_parameters())
-        t.copy_tensors(
-            names,
-            {n: w for n, w in there.items() if n in names},
-            f"LOAD_CHECKPOINT={args.checkpoint}",
-        )
-        run.log.start()
-        compare(run, c, model, val, data, rows, args.bytes or [0])
-    except (t.BadInput, t.Fault) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    if not (args.checkpoint and args.run_id and args.rows):
+        raise t.BadInput("--checkpoint, --run-id and at least one row are needed; see --help.")
+    env = {
+        **os.environ,
+        "RUN_ID": args.run_id,
+        "LOAD_CHECKPOINT": args.checkpoint,
+        "RESUME": "0",
+        "EVALS": "none",
+    }
+    c = t.load_config(env)
+    rows = [parse_row(text, env) for text in args.rows]
+    console.refuse_repeated(name for name, _ in rows)
+    kind = f"{args.average}." if args.average else ""
+    tensors = t.read_checkpoint(args.checkpoint)
+    there = {n.removeprefix(kind): w for n, w in tensors.items() if n.startswith(kind)}
+    if not there:
+        raise t.BadInput(f"--average {args.average}: {args.checkpoint} has no such average.")
+    run = t.Run(c)
+    model, val, data = (
+        t.GPT(c).to(run.ranks.device),
+        t.ValData(c, run.ranks),
+        t.TrainData(c, run.ranks),
+    )
+    names = dict(model.named_parameters())
+    own = {n: w for n, w in there.items() if n in names}
+    t.copy_tensors(names, own, f"LOAD_CHECKPOINT={args.checkpoint}")
+    run.log.start()
+    compare(run, c, model, val, data, rows, list(dict.fromkeys(args.bytes or [0])))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

@@ -17,7 +17,12 @@ if not __package__:
     print("error: the tools are a package: python -m tools.report ...", file=sys.stderr)
     sys.exit(2)
 
-import argparse
+from tools import console
+
+if __name__ == "__main__":
+    console.begin()
+
+import contextlib
 import csv
 import json
 from pathlib import Path
@@ -59,18 +64,14 @@ def read_all(paths):
             if log.path not in [other.path for other in logs]:
                 logs.append(log)
         except LogError as why:
-            print(f"error: {why}", file=sys.stderr)
+            console.complain(str(why))
             well = False
     return logs, well
 
 
 def parse(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = console.Parser("report", __doc__)
     parser.add_argument(
         "logs",
         nargs="*",
@@ -111,7 +112,7 @@ def write_submission(logs, options):
     """Write submission.json, keeping what only people know from the file that is there."""
     path = Path(options.submission)
     words = ("name", "author", "github_id", "date", "track", "blurb")
-    old = json.loads(path.read_text()) if path.is_file() else {}
+    old = console.read_json(path) if path.is_file() else {}
     path.write_text(
         json.dumps(
             submission(logs, **{w: getattr(options, w) or old.get(w) for w in words}),
@@ -122,32 +123,31 @@ def write_submission(logs, options):
     )
 
 
+@console.tool
 def main(argv=None):
     """The exit status."""
     options = parse(argv)
     if options.follow:
-        try:
+        console.MEANWHILE.silent = True
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
             follow(options.follow)
-        except LogError as why:
-            print(f"error: {why}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print()
         return 0
     if not options.logs:
-        print("error: give a log; see --help", file=sys.stderr)
-        return 2
+        raise console.BadInput("no log is given; see --help.")
     logs, well = read_all(options.logs)
+    if not logs:
+        if options.check:
+            check(options.logs, logs)
+        return 2
     try:
-        if logs:
-            rows = table(logs)
-            print("\n".join([*markdown(rows), *notes(logs)]))
-            if options.scale:
-                print(
-                    "\n".join(
-                        f"{name} on the same text: {bpb:.4f}" for name, bpb in compressors(logs[0])
-                    )
+        rows = table(logs)
+        print("\n".join([*markdown(rows), *notes(logs)]))
+        if options.scale:
+            print(
+                "\n".join(
+                    f"{name} on the same text: {bpb:.4f}" for name, bpb in compressors(logs[0])
                 )
+            )
         if options.update:
             update(
                 options.update,
@@ -162,15 +162,18 @@ def main(argv=None):
         if options.against:
             others, fine = read_all(options.against)
             well &= fine
-            print("\n".join(against(logs, others, options.stage)))
+            if others:
+                print("\n".join(against(logs, others, options.stage)))
         if options.submission:
             write_submission(logs, options)
-    except (LogError, OSError, ValueError) as why:
-        print(f"error: {why}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except (LogError, console.BadInput, OSError, ValueError) as why:
+        console.complain(console.told(why))
         well = False
     failed = check(options.logs, logs) if options.check else 0
     return 2 if not well else failed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

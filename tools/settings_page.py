@@ -5,7 +5,17 @@
 A test compares the page with what this writes.
 """
 
-import argparse
+import sys
+
+if not __package__:
+    print("error: the tools are a package: python -m tools.settings_page ...", file=sys.stderr)
+    sys.exit(2)
+
+from tools import console
+
+if __name__ == "__main__":
+    console.begin()
+
 import re
 from pathlib import Path
 
@@ -105,14 +115,13 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+@console.tool
+def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    console.Parser("settings_page", __doc__).parse_args(argv)
     PAGE.write_text(page())
     print(f"{PAGE.relative_to(ROOT)}: written")
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats
 
 from tools.logs import STAGES, LogError
-from tools.tables import NAMES
+from tools.tables import NAMES, read_nats
 
 MARGIN = 0.005  # nats by which a record must beat the last one
 
@@ -64,7 +64,7 @@ def needed(ours, theirs, margin, level=0.01):
 def nats(log, stage):
     """Nats of each target that a run saved with SAVE_NLL=1, or None."""
     path = log.path.with_suffix("") / f"nll_{stage}.npy"
-    return np.load(path) if path.is_file() else None
+    return read_nats(path) if path.is_file() else None
 
 
 def against(ours, theirs, stage=None):
@@ -75,7 +75,7 @@ def against(ours, theirs, stage=None):
         for group, s in ((ours, of_ours), (theirs, of_theirs))
     )
     if not a or not b:
-        raise LogError(f"no {stage} score on both sides")
+        raise LogError(f"no {of_ours} score on the one side, or no {of_theirs} score on the other")
     lines = [
         f"{NAMES[of_ours]}: {len(a)} seeds, mean {statistics.mean(a):.6f} nats; against {NAMES[of_theirs]}: {len(b)} seeds, mean "
         f"{statistics.mean(b):.6f}; difference {statistics.mean(a) - statistics.mean(b):+.6f}"

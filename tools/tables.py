@@ -1,5 +1,6 @@
 """Tables of seed logs: a row a seed with mean and deviation, the sentences under it, and what general compressors make of the text."""
 
+import contextlib
 import gzip
 import itertools
 import lzma
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tools import console
 from tools.logs import STAGES, LogError
 
 NAMES = dict(
@@ -172,9 +174,19 @@ def compressors(log):
     return [(name, 8 * size / len(text)) for name, size in sizes.items()]
 
 
+def read_nats(path):
+    """Nats of each target, as a run with SAVE_NLL=1 saved them. Raises LogError."""
+    found = None
+    with contextlib.suppress(OSError, EOFError, ValueError):
+        found = np.load(path)
+    if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind != "f":
+        raise LogError(f"{path}: is no array of nats; bring it back, or move it away.")
+    return found
+
+
 def update(path, names, text):
     """Replace what stands between the markers of these logs in a file. Raises LogError if they are not there once."""
-    old = Path(path).read_text()
+    old = console.read_text(Path(path))
     new, count = re.subn(
         rf"(<!-- {re.escape(' '.join(names))} -->\n).*?(<!-- end -->)",
         lambda m: m[1] + text + m[2],
