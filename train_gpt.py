@@ -81,6 +81,14 @@ class Fault(Exception):
     status = 1
 
 
+def in_lines(told: str) -> str:
+    """Problems as they are told: a line of over 160 characters is cut after what is wrong.
+
+    What to do is then a second line, indented. A problem is written so: WHAT; WHAT TO DO.
+    """
+    return re.sub(r"(?m)^(?=.{161})(.*?[.;]) ", r"\1\n  ", told)
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
     """How an evaluation scores the validation stream; a row of EVALUATORS."""
@@ -922,7 +930,7 @@ def run_early(words: Sequence[str]) -> None:
             settings_from_arguments(words)
             return
     except (BadInput, Fault) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(in_lines(f"error: {problem}"), file=sys.stderr)
         sys.exit(problem.status)
     sys.exit(0)
 
@@ -930,8 +938,8 @@ def run_early(words: Sequence[str]) -> None:
 if __name__ == "__main__":
     run_early(sys.argv[1:])
     leave_quietly()
-    # torchrun was silent itself for some seconds
-    CONSOLE.start(3.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0)
+    # torchrun was silent for some seconds itself
+    CONSOLE.start(CONSOLE.PAUSE if "TORCHELASTIC_RUN_ID" in os.environ else 0.0)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -1427,6 +1435,13 @@ class RunLog:
         if self.ranks.rank == 0:
             CONSOLE.say(text)
             self.append(self.text, text)
+
+    def due(self, ms: float) -> bool:
+        """Whether there must be a line now, if the next can be only in so many ms.
+
+        Rank 0 decides for itself: what it says must not need another rank.
+        """
+        return self.ranks.rank == 0 and CONSOLE.silent_in(ms / 1000)
 
     def metric(self, label: str, *, digits: int = 8, **fields: Any) -> None:
         """Log figures under a label, rounded in the text, exact in metrics.jsonl.
@@ -4676,8 +4691,7 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
         averages.update(factor)
         finite = torch.isfinite(loss + norm)
         first_bad = torch.where(finite, first_bad, first_bad.clamp(max=step + 1))
-        slow = ranks.rank == 0 and CONSOLE.silent_in(clock.step_ms / 1000)
-        if step < 10 or (step + 1) % c.train_log_every == 0 or slow:
+        if step < 10 or (step + 1) % c.train_log_every == 0 or run.log.due(clock.step_ms):
             log_loss(run, f"step:{step + 1}/{c.iterations}", loss, clock=clock, step=step + 1)
     if step < c.iterations:
         run.log.line(
@@ -4762,7 +4776,7 @@ def run_all(c: Config) -> None:
         carry_out(c, run, model, data, val)
     except Exception as problem:  # also that of a collective whose other end died
         run.store.writer.shutdown()  # ends with the checkpoint that is being written
-        run.log.line(f"error: {problem}")
+        run.log.line(in_lines(f"error: {problem}"))
         raise
 
 
@@ -4889,7 +4903,7 @@ def main() -> None:
         lost_another = dist.is_initialized() and isinstance(problem, RuntimeError)
         if os.environ.get("LOCAL_RANK", "0") != "0" or lost_another:
             sleep(3)  # torchrun names the rank that ends first
-        print(f"error: {problem}", file=sys.stderr, flush=True)
+        print(in_lines(f"error: {problem}"), file=sys.stderr, flush=True)
         # at once: a rank must not wait for others in a collective
         os._exit(getattr(problem, "status", 1))
 

@@ -59,12 +59,12 @@ class BadInput(Exception):
 
 
 class Status:
-    """A line of progress, printed every four seconds by a thread, so that a long library call is not silent either."""
+    """A line of progress, printed every few seconds by a thread, so that a long library call is not silent either."""
 
     text = "starting"
 
     def show(self, stop, start):
-        while not stop.wait(4):
+        while not stop.wait(3.5):
             print(f"[{time.monotonic() - start:4.0f} s] {self.text}", flush=True)
 
 
@@ -670,7 +670,8 @@ def main(argv=None, fetch=None):
         sys.stdout.flush()
         return 0
     except BadInput as why:
-        print(f"prepare.py: {why}", file=sys.stderr)
+        told = f"prepare.py: {why}"  # over 160 characters in two lines: what is wrong, what to do
+        print(re.sub(r"(?m)^(?=.{161})(.*?[.;]) ", r"\1\n  ", told), file=sys.stderr)
     except BrokenPipeError:  # who read the output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -1,5 +1,6 @@
 """Whoever gives the tools or data/prepare.py something that they cannot use is told so in one line."""
 
+import ast
 import os
 import re
 import shutil
@@ -278,3 +279,50 @@ def test_prepare_says_in_one_line_what_it_cannot_use(made, monkeypatch, capsys):
         assert prepare.main([*words.split()]) == 2, words
         told = capsys.readouterr().err
         assert re.fullmatch(r"prepare\.py: [^\n]+\n", told) and message in told, told
+
+
+def messages():
+    """(place, text with 20 characters for a value) of each problem that train_gpt.py, the tools and prepare.py raise."""
+    for path in (ROOT / "train_gpt.py", ROOT / "data/prepare.py", *ROOT.glob("tools/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)):
+                continue
+            name = ast.unparse(node.exc.func).split(".")[-1]
+            if name in ("BadInput", "Fault", "LogError") and node.exc.args:
+                parts = getattr(node.exc.args[0], "values", [node.exc.args[0]])
+                texts = [p.value if isinstance(p, ast.Constant) else "v" * 20 for p in parts]
+                yield f"{path.name}:{node.lineno}", "".join(texts)
+
+
+def test_a_problem_over_160_characters_is_told_in_two_lines():
+    found = dict(messages())
+    assert len(found) > 100
+    long = {place: text for place, text in found.items() if len(f"error: {text}") > 160}
+    assert len(long) > 5
+    for place, text in long.items():
+        what, do = t.in_lines(f"error: {text}").split("\n")
+        assert len(what) <= 160 and len(do) <= 160 and re.match("  [a-zA-Z]", do), place
+    assert t.in_lines("error: " + "x" * 140 + "; do.") == "error: " + "x" * 140 + "; do."
+    assert t.in_lines("error: " + "x" * 160) == "error: " + "x" * 160  # as long as its value is
+    assert t.in_lines("a; b.\n" + "c" * 160 + "; d. e.") == "a; b.\n" + "c" * 160 + ";\n  d. e."
+
+
+def test_what_is_wrong_with_a_setting_fits_a_line():
+    for name in t.SETTINGS:
+        if t.SETTINGS[name].kind != "str":
+            with pytest.raises(t.BadInput) as problem:
+                t.load_config({name: "nonsense"})
+            told = t.in_lines(f"error: {problem.value}")
+            assert all(len(line) <= 160 for line in told.split("\n")), told
+
+
+def test_a_long_problem_is_cut_on_the_console_and_in_the_log(made, tmp_path, capsys):
+    folder, env = made
+    path = tmp_path / ("long" * 40) / "final_model.ptz"
+    done = process({**env, "LOAD_ARTIFACT": str(path)}, tmp_path)
+    first, second = done.stderr.splitlines()
+    assert first == f"error: LOAD_ARTIFACT={path}: No such file or directory;"
+    assert second == "  give the path of a final_model.ptz."
+    assert report.main([str(path)]) == 2
+    console.complain(f"{path}: what; do this.")
+    assert capsys.readouterr().err.endswith(f"error: {path}: what;\n  do this.\n")

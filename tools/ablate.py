@@ -387,7 +387,7 @@ def main(argv=None):
     for _, _, row, *_ in rows:
         problems = t.cross_check(row)
         if problems:
-            raise t.BadInput(" ".join(problems))
+            raise t.BadInput("\n".join(problems))
     run.log.start()
     results = ablate(run, model, val, rows)
     if run.ranks.rank == 0:

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import sys
 from collections import Counter
@@ -109,8 +110,9 @@ def tool(main: Callable[..., int | None]) -> Callable[..., int]:
 
 
 def complain(text: str) -> None:
-    """Tell the user of a problem."""
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    """Tell the user of a problem; a line of over 160 characters as two, as train_gpt.in_lines() does."""
+    text = re.sub(r"(?m)^(?=.{161})(.*?[.;]) ", r"\1\n  ", f"error: {text}")
+    print(text, file=sys.stderr, flush=True)
 
 
 def told(problem: Exception) -> str:
