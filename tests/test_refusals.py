@@ -13,7 +13,19 @@ import pytest
 from conftest import ROOT, TINY, process, t, without_pauses
 from test_console import python, starting
 
-from tools import ablate, audit, bench, blocks, console, gpu, logs, quantise, report, settings_page
+from tools import (
+    ablate,
+    audit,
+    bench,
+    blocks,
+    console,
+    gpu,
+    logs,
+    quantise,
+    record,
+    report,
+    settings_page,
+)
 
 TOOLS = dict(
     ablate=ablate,
@@ -22,6 +34,7 @@ TOOLS = dict(
     blocks=blocks,
     gpu=gpu,
     quantise=quantise,
+    record=record,
     report=report,
     settings_page=settings_page,
 )
@@ -134,6 +147,10 @@ CASES = [
     ("quantise", "--table logs/list", "logs/list/metrics.jsonl, line 1: is no JSON object"),
     ("quantise", "--table logs/cut", "logs/cut/metrics.jsonl, line 1: is no JSON object"),
     ("quantise", "--table logs/row", "logs/row/metrics.jsonl: a row has not what this tool wrote"),
+    ("record", "", "required: NAME, LOG"),
+    ("record", "x nosuch", "nosuch: No such file or directory"),
+    ("record", "x folder", "folder: a folder without a log folder.txt beside it"),
+    ("record", "x alone.txt --windows 0", "argument --windows: 0: allowed is an integer from 1"),
     ("report", "", "no log is given; see --help"),
     ("report", "nosuch", "nosuch: No such file or directory"),
     ("report", "nosuch --csv x --plot y", "nosuch: No such file or directory"),
@@ -169,8 +186,8 @@ def test_a_tool_says_in_one_line_what_it_cannot_use(
     before = {p for p in folder.rglob("*") if p.suffix != ".svg"}
     assert TOOLS[name].main([paths.get(word, word) for word in words.split()]) == 2
     told = capsys.readouterr().err
-    assert re.fullmatch(r"(error: [^\n]+\n)", told), told
-    assert message in told
+    assert re.fullmatch(r"error: [^\n]+\n(  [^\n]+\n)?", told), told  # the second: what to do
+    assert message in told.replace("\n ", "")
     assert {p for p in folder.rglob("*") if p.suffix != ".svg"} <= before | {folder / "logs/gpu"}
 
 

@@ -8,5 +8,6 @@
     bench       how fast the script is, beside the plain PyTorch versions in plain
 
 report's parts: logs reads them; tables, significance, checks, submission, follow and figures say what is in them; bytecount counts
-their text anew, scripts compares their sources. record's part is proof, which scores an artifact.
+their text anew, scripts compares their sources. record's part is proof, which scores an artifact. console is how all of them speak
+and end.
 """

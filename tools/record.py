@@ -20,7 +20,11 @@ if not __package__:
     print("error: the tools are a package: python -m tools.record ...", file=sys.stderr)
     sys.exit(2)
 
-import argparse
+from tools import console
+
+if __name__ == "__main__":
+    console.begin()
+
 import dataclasses
 import hashlib
 import json
@@ -58,11 +62,7 @@ CONDITIONS = {
 
 def parse(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.record",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = console.Parser("record", __doc__)
     parser.add_argument("name", metavar="NAME", help="of the folder: letters, digits and . _ -")
     parser.add_argument("logs", nargs="+", metavar="LOG", help="a log, or its folder logs/RUN_ID")
     parser.add_argument("--out", default="records", help="where the folder goes (default: records)")
@@ -79,12 +79,15 @@ def parse(argv):
     )
     parser.add_argument(
         "--targets",
-        type=int,
+        type=console.number(int, 0, 10**9),
         default=200_000,
         help="validation splits of up to so many targets are scored whole (default: 200000)",
     )
     parser.add_argument(
-        "--windows", type=int, default=8, help="of longer ones, so many windows (default: 8)"
+        "--windows",
+        type=console.number(int, 1, 10**6),
+        default=8,
+        help="of longer ones, so many windows (default: 8)",
     )
     return parser.parse_args(argv)
 
@@ -98,7 +101,7 @@ def read_logs(paths):
                 raise LogError(f"{path}: a folder without a log {path.name}.txt beside it")
             logs.append(read_log(path))
         except LogError as why:
-            print(f"error: {why}", file=sys.stderr)
+            console.complain(str(why))
             well = False
     return logs, well
 
@@ -369,7 +372,7 @@ def make(target, logs, others, options):
             print_check(*proof)
             facts["proofs"].append(proof)
         if any(verdict is False for _, verdict, _ in facts["proofs"]):
-            print(f"error: {target}: not made, for the above", file=sys.stderr)
+            console.complain(f"{target}: not made, for the above")
             return 1
         (folder / "README.md").write_text(readme(logs, options, facts))
         folder.chmod(0o755)
@@ -379,6 +382,7 @@ def make(target, logs, others, options):
     return 0
 
 
+@console.tool
 def main(argv=None):
     """The exit status."""
     options = parse(argv)
@@ -394,27 +398,21 @@ def main(argv=None):
         problems.append(f"--date {options.date}: a date as 2026-03-31")
     if target.exists():
         problems.append(f"{target}: exists; choose another NAME, or move it away")
-    if min(options.windows, options.targets + 1) < 1:
-        problems.append(f"--windows {options.windows} --targets {options.targets}: 1 or more")
     logs, well = read_logs(options.logs)
     others, fine = read_logs(options.against or [])
     if well:
         problems += refusals(logs, options.stage, not options.non_record)
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        console.complain(problem)
     if problems or not (well and fine):
         return 2
     logs.sort(key=lambda log: f"train_seed{log.seed}.log")  # as the folder lists them
     options.stage = options.stage or best_stage(logs)
-    try:
-        if make(target, logs, others, options):
-            return 1
-    except (LogError, OSError) as why:
-        print(f"error: {why}", file=sys.stderr)
-        return 2
+    if make(target, logs, others, options):
+        return 1
     print(f"made {target}; checking it:")
     return report.main([str(target), "--check"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)
