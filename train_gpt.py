@@ -195,6 +195,12 @@ class Config:
         " what a step and the end of training take.",
     )
     warmdown_iters: int = setting(3500, "Steps, or their time, in which rates fall to MIN_LR.")
+    warmdown_frac: float = setting(
+        0.0,
+        "Share of the run, under a cap of its time, in which rates fall to MIN_LR; 0:"
+        " WARMDOWN_ITERS.",
+        high=1,
+    )
     min_lr: float = setting(0.0, "Lowest factor on rates, at the end of the warmdown.", high=1)
 
     # ---- model
@@ -293,6 +299,9 @@ class Config:
     )
     muon_wd: float = setting(0.04, "Decoupled weight decay of Muon.")
     adam_wd: float = setting(0.04, "Decoupled weight decay of AdamW.")
+    embed_wd: float = setting(
+        -1.0, "That of the token, bigram and value embeddings' tables; -1: ADAM_WD.", low=-1
+    )
     beta1: float = setting(0.9, "AdamW's decay of the gradient's mean.", high=0.99999)
     beta2: float = setting(0.95, "AdamW's decay of the mean square.", high=0.99999)
     adam_eps: float = setting(1e-8, "AdamW's epsilon.", low=1e-30, high=1)
@@ -552,15 +561,28 @@ def unknown_names(env: Mapping[str, str]) -> list[str]:
     return problems
 
 
+def values_given(env: Mapping[str, str]) -> dict[str, Any]:
+    """Values by name of the presets and, after them, of variables: later ones win.
+
+    WARMDOWN_ITERS is the length of the warmdown, and WARMDOWN_FRAC is it too: either takes the
+    place of an earlier other.
+    """
+    found: dict[str, Any] = {}
+    names = env.get("PRESET", "").lower().split(",")
+    for values in (*(PRESETS.get(name.strip(), {}) for name in names), env):
+        if "WARMDOWN_ITERS" in values:
+            found.pop("WARMDOWN_FRAC", None)
+        found |= values
+    return found
+
+
 def load_config(env: Mapping[str, str]) -> Config:
     """Config from variables by name. Raises BadInput with all problems, a line each."""
     values: dict[str, Any] = {}
     problems = unknown_names(env)
-    preset: dict[str, Any] = {}
-    for name in env.get("PRESET", "").lower().split(","):
-        preset |= PRESETS.get(name.strip(), {})
+    given = values_given(env)
     for s in SETTINGS.values():
-        text = str(env.get(s.name, preset.get(s.name, shown(s.default)))).strip()
+        text = str(given.get(s.name, shown(s.default))).strip()
         try:
             values[s.name.lower()] = parse_value(s, text)
         except ValueError as why:
@@ -633,6 +655,13 @@ def run_problems(c: Config) -> Iterator[tuple[str, str]]:
         yield "RESUME", "needs the RUN_ID to go on with"
     if c.load_artifact and c.load_checkpoint:
         yield "LOAD_CHECKPOINT", "begins a training, LOAD_ARTIFACT needs none; choose one"
+    if c.warmdown_frac and {"warmdown_frac", "warmdown_iters"} <= c.explicit:
+        yield (
+            "WARMDOWN_FRAC",
+            f"is the length of the warmdown, as is WARMDOWN_ITERS={c.warmdown_iters}; set one",
+        )
+    if -1 < c.embed_wd < 0:
+        yield "EMBED_WD", "0 or more, or -1 for ADAM_WD"
     if c.average not in ("auto", "none") and not getattr(c, f"{c.average}_enabled"):
         yield "AVERAGE", f"needs {c.average.upper()}_ENABLED=1"
 
@@ -2266,16 +2295,17 @@ class Optimizer:
             groups[parameter_rule(matrix_names(name, c.num_layers)[0]).group].append(p)
         # the largest reduction starts first
         self.banks = sorted(groups.pop("muon"), key=lambda p: -p.numel())
-        rates = {
-            "embed": c.tied_embed_lr if c.tie_embeddings else c.embed_lr,
-            "head": c.head_lr,
-            "scalar": c.scalar_lr,
+        embed_rate = c.tied_embed_lr if c.tie_embeddings else c.embed_lr
+        embed_wd = c.adam_wd if c.embed_wd < 0 else c.embed_wd
+        own = {
+            "embed": {"rate": embed_rate, "weight_decay": embed_wd},
+            "head": {"rate": c.head_lr, "weight_decay": c.adam_wd},
+            "scalar": {"rate": c.scalar_lr, "weight_decay": c.adam_wd},
         }
         self.adam = torch.optim.AdamW(
-            [{"params": ps, "rate": rates[key]} for key, ps in groups.items() if ps],
+            [{"params": ps, **own[key]} for key, ps in groups.items() if ps],
             betas=(c.beta1, c.beta2),
             eps=c.adam_eps,
-            weight_decay=c.adam_wd,
             fused=True,
         )
         self.small = [p for group in self.adam.param_groups for p in group["params"]]
@@ -2409,9 +2439,14 @@ class Optimizer:
 def lr_factor(c: Config, step: int, elapsed_ms: float, step_ms: float) -> float:
     """Factor on rates: 1, then linearly to 0, but not under MIN_LR.
 
-    It falls over WARMDOWN_ITERS before the nearer end: of steps, or of time, in which a step takes
-    step_ms (0: not known yet).
+    It falls before the nearer end, of steps or of time: over WARMDOWN_ITERS, whose time follows
+    from that of a step, step_ms (0: not known yet), or over WARMDOWN_FRAC of the whole (#1435).
     """
+    if c.warmdown_frac:
+        done = step / c.iterations
+        if c.max_wallclock_seconds:
+            done = max(done, elapsed_ms / (1000 * c.max_wallclock_seconds))
+        return max(min(1.0, (1 - done) / c.warmdown_frac), c.min_lr)
     factor = min(1.0, (c.iterations - step) / max(c.warmdown_iters, 1))
     if c.max_wallclock_seconds and step_ms and c.warmdown_iters:
         left_ms = max(0.0, 1000 * c.max_wallclock_seconds - elapsed_ms)
