@@ -49,6 +49,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import typing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -179,9 +180,10 @@ class Config:
     )
     val_loss_every: int = setting(4000, "Steps between validations; 0: only at the end.")
     train_log_every: int = setting(500, "Steps between training lines, after ten.", low=1)
-    data_order: Literal["shuffled", "coprime"] = setting(
+    data_order: Literal["shuffled", "coprime", "shards"] = setting(
         "shuffled",
-        "Sequences of an epoch: a permutation, or steps of a stride coprime to their number.",
+        "Sequences of an epoch: a permutation; steps of a stride coprime to their number; or such"
+        " strides in 8, later 32 shards a step (#1060).",
     )
 
     # ---- length of training
@@ -1570,6 +1572,56 @@ def coprime_stride(n: int) -> int:
     return stride
 
 
+class ShardDraws:
+    """Which sequences of which shards a step gets with DATA_ORDER=shards (#1060).
+
+    Of the shards 8, in the first step, to 32, from step 1800 on, are drawn, and get one sequence
+    each and a share of the rest at random; a shard's chance and share go with the sequences that it
+    has left, to the power 0.9 falling to 0.5. An epoch ends for all shards at once. What is left
+    follows from the steps before: all are drawn in order, once, and kept.
+    """
+
+    STEPS = 1800  # in which the number of shards grows and the power falls
+
+    def __init__(self, seed: int, counts: Sequence[int], size: int) -> None:
+        """counts: sequences of each shard; size: those of a step over all ranks."""
+        self.seed, self.size, self.counts = seed, size, np.array(counts)
+        self.left, self.epoch = self.counts.copy(), 0
+        self.steps: list[np.ndarray] = []
+        self.lock = threading.Lock()  # calibration reads while a thread reads ahead
+
+    def of_step(self, step: int) -> np.ndarray:
+        """[size,3] int32: epoch, shard and how many it gave before, of each sequence of a step."""
+        with self.lock:
+            while len(self.steps) <= step:
+                self.steps.append(self.draw(len(self.steps)))
+            return self.steps[step]
+
+    def draw(self, step: int) -> np.ndarray:
+        """What of_step() gives for the next step; a shard that has too few left gives those."""
+        rng = np.random.default_rng((self.seed, step, 2))
+        grown = min(1.0, step / self.STEPS)
+        parts: list[np.ndarray] = []
+        missing = self.size
+        while missing:
+            if not self.left.any():
+                self.left, self.epoch = self.counts.copy(), self.epoch + 1
+            n = min(round(8 + 24 * grown), int(np.count_nonzero(self.left)), missing)
+            weights = self.left ** (0.9 - 0.4 * grown)
+            shards = rng.choice(len(weights), n, replace=False, p=weights / weights.sum())
+            shares = weights[shards] / weights[shards].sum()
+            taken = np.minimum(1 + rng.multinomial(missing - n, shares), self.left[shards])
+            total = int(taken.sum())
+            # of each shard's run of rows the first has so many of all rows before it
+            begins = (np.cumsum(taken) - taken).repeat(taken)
+            before = (self.counts - self.left)[shards].repeat(taken) + np.arange(total) - begins
+            epochs = np.full(total, self.epoch)
+            parts.append(np.stack((epochs, shards.repeat(taken), before), 1).astype(np.int32))
+            self.left[shards] -= taken
+            missing -= total
+        return np.concatenate(parts)
+
+
 class TrainData:
     """Training sequences. An epoch cuts the shards anew and visits all sequences in a new order.
 
@@ -1590,6 +1642,7 @@ class TrainData:
         # sequences of each shard; one less than fit, to leave room for the cut to move
         self.counts = [max(0, (len(shard) - 1) // self.T - 1) for shard in self.shards]
         self.ends = np.cumsum(self.counts)
+        self.draws = ShardDraws(c.seed, self.counts, c.train_batch_tokens // self.T)
         if not sum(self.counts) or len(self.held_out) < keep:
             raise BadInput(
                 f"DATA_PATH={c.data_path}: {total} training tokens are too few for"
@@ -1603,14 +1656,21 @@ class TrainData:
         different text would leave the model with the last one's.
         """
         total = int(self.ends[-1])
-        epoch, place = divmod(i, total)
-        order = permutation(self.c.seed, epoch, total)
-        index = int(order[place])
-        if self.c.data_order == "coprime":
-            index = (int(order[0]) + place * coprime_stride(total)) % total
-        shard = int(np.searchsorted(self.ends, index, side="right"))
+        if self.c.data_order == "shards":
+            step, row = divmod(i, self.draws.size)
+            epoch, shard, taken = self.draws.of_step(step)[row].tolist()
+            order = permutation(self.c.seed, epoch, total)
+            count = self.counts[shard]
+            number = (int(order[-1 - shard % total]) + taken * coprime_stride(count)) % count
+        else:
+            epoch, place = divmod(i, total)
+            order = permutation(self.c.seed, epoch, total)
+            index = int(order[place])
+            if self.c.data_order == "coprime":
+                index = (int(order[0]) + place * coprime_stride(total)) % total
+            shard = int(np.searchsorted(self.ends, index, side="right"))
+            number = index - int(self.ends[shard]) + self.counts[shard]
         cut = int(order[shard % total]) % self.T  # where the shard's first sequence begins
-        number = index - int(self.ends[shard]) + self.counts[shard]
         return self.read(shard, cut + number * self.T)
 
     def read(self, shard: int, start: int) -> np.ndarray:
