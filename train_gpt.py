@@ -49,6 +49,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import typing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -194,9 +195,10 @@ class Config:
     train_log_every: int = setting(
         500, "Steps between training lines, after ten; slow steps get more of them.", low=1
     )
-    data_order: Literal["shuffled", "coprime"] = setting(
+    data_order: Literal["shuffled", "coprime", "shards"] = setting(
         "shuffled",
-        "Sequences of an epoch: a permutation, or steps of a stride coprime to their number.",
+        "Sequences of an epoch: a permutation; steps of a stride coprime to their number; or such"
+        " strides in 8, later 32 shards a step (#1060).",
     )
 
     # ---- length of training
@@ -210,6 +212,12 @@ class Config:
         " what a step and the end of training take.",
     )
     warmdown_iters: int = setting(3500, "Steps, or their time, in which rates fall to MIN_LR.")
+    warmdown_frac: float = setting(
+        0.0,
+        "Share of the run, under a cap of its time, in which rates fall to MIN_LR; 0:"
+        " WARMDOWN_ITERS.",
+        high=1,
+    )
     min_lr: float = setting(0.0, "Lowest factor on rates, at the end of the warmdown.", high=1)
 
     # ---- model
@@ -308,6 +316,9 @@ class Config:
     )
     muon_wd: float = setting(0.04, "Decoupled weight decay of Muon.")
     adam_wd: float = setting(0.04, "Decoupled weight decay of AdamW.")
+    embed_wd: float = setting(
+        -1.0, "That of the token, bigram and value embeddings' tables; -1: ADAM_WD.", low=-1
+    )
     beta1: float = setting(0.9, "AdamW's decay of the gradient's mean.", high=0.99999)
     beta2: float = setting(0.95, "AdamW's decay of the mean square.", high=0.99999)
     adam_eps: float = setting(1e-8, "AdamW's epsilon.", low=1e-30, high=1)
@@ -567,15 +578,28 @@ def unknown_names(env: Mapping[str, str]) -> list[str]:
     return problems
 
 
+def values_given(env: Mapping[str, str]) -> dict[str, Any]:
+    """Values by name of the presets and, after them, of variables: later ones win.
+
+    WARMDOWN_ITERS is the length of the warmdown, and WARMDOWN_FRAC is it too: either takes the
+    place of an earlier other.
+    """
+    found: dict[str, Any] = {}
+    names = env.get("PRESET", "").lower().split(",")
+    for values in (*(PRESETS.get(name.strip(), {}) for name in names), env):
+        if "WARMDOWN_ITERS" in values:
+            found.pop("WARMDOWN_FRAC", None)
+        found |= values
+    return found
+
+
 def load_config(env: Mapping[str, str]) -> Config:
     """Config from variables by name. Raises BadInput with all problems, a line each."""
     values: dict[str, Any] = {}
     problems = unknown_names(env)
-    preset: dict[str, Any] = {}
-    for name in env.get("PRESET", "").lower().split(","):
-        preset |= PRESETS.get(name.strip(), {})
+    given = values_given(env)
     for s in SETTINGS.values():
-        text = str(env.get(s.name, preset.get(s.name, shown(s.default)))).strip()
+        text = str(given.get(s.name, shown(s.default))).strip()
         try:
             values[s.name.lower()] = parse_value(s, text)
         except ValueError as why:
@@ -648,6 +672,13 @@ def run_problems(c: Config) -> Iterator[tuple[str, str]]:
         yield "RESUME", "needs the RUN_ID to go on with"
     if c.load_artifact and c.load_checkpoint:
         yield "LOAD_CHECKPOINT", "begins a training, LOAD_ARTIFACT needs none; choose one"
+    if c.warmdown_frac and {"warmdown_frac", "warmdown_iters"} <= c.explicit:
+        yield (
+            "WARMDOWN_FRAC",
+            f"is the length of the warmdown, as is WARMDOWN_ITERS={c.warmdown_iters}; set one",
+        )
+    if -1 < c.embed_wd < 0:
+        yield "EMBED_WD", "0 or more, or -1 for ADAM_WD"
     if c.average not in ("auto", "none") and not getattr(c, f"{c.average}_enabled"):
         yield "AVERAGE", f"needs {c.average.upper()}_ENABLED=1"
 
@@ -1636,6 +1667,56 @@ def coprime_stride(n: int) -> int:
     return stride
 
 
+class ShardDraws:
+    """Which sequences of which shards a step gets with DATA_ORDER=shards (#1060).
+
+    Of the shards 8, in the first step, to 32, from step 1800 on, are drawn, and get one sequence
+    each and a share of the rest at random; a shard's chance and share go with the sequences that it
+    has left, to the power 0.9 falling to 0.5. An epoch ends for all shards at once. What is left
+    follows from the steps before: all are drawn in order, once, and kept.
+    """
+
+    STEPS = 1800  # in which the number of shards grows and the power falls
+
+    def __init__(self, seed: int, counts: Sequence[int], size: int) -> None:
+        """counts: sequences of each shard; size: those of a step over all ranks."""
+        self.seed, self.size, self.counts = seed, size, np.array(counts)
+        self.left, self.epoch = self.counts.copy(), 0
+        self.steps: list[np.ndarray] = []
+        self.lock = threading.Lock()  # calibration reads while a thread reads ahead
+
+    def of_step(self, step: int) -> np.ndarray:
+        """[size,3] int32: epoch, shard and how many it gave before, of each sequence of a step."""
+        with self.lock:
+            while len(self.steps) <= step:
+                self.steps.append(self.draw(len(self.steps)))
+            return self.steps[step]
+
+    def draw(self, step: int) -> np.ndarray:
+        """What of_step() gives for the next step; a shard that has too few left gives those."""
+        rng = np.random.default_rng((self.seed, step, 2))
+        grown = min(1.0, step / self.STEPS)
+        parts: list[np.ndarray] = []
+        missing = self.size
+        while missing:
+            if not self.left.any():
+                self.left, self.epoch = self.counts.copy(), self.epoch + 1
+            n = min(round(8 + 24 * grown), int(np.count_nonzero(self.left)), missing)
+            weights = self.left ** (0.9 - 0.4 * grown)
+            shards = rng.choice(len(weights), n, replace=False, p=weights / weights.sum())
+            shares = weights[shards] / weights[shards].sum()
+            taken = np.minimum(1 + rng.multinomial(missing - n, shares), self.left[shards])
+            total = int(taken.sum())
+            # of each shard's run of rows the first has so many of all rows before it
+            begins = (np.cumsum(taken) - taken).repeat(taken)
+            before = (self.counts - self.left)[shards].repeat(taken) + np.arange(total) - begins
+            epochs = np.full(total, self.epoch)
+            parts.append(np.stack((epochs, shards.repeat(taken), before), 1).astype(np.int32))
+            self.left[shards] -= taken
+            missing -= total
+        return np.concatenate(parts)
+
+
 class TrainData:
     """Training sequences. An epoch cuts the shards anew and visits all sequences in a new order.
 
@@ -1657,6 +1738,7 @@ class TrainData:
         # sequences of each shard; one less than fit, to leave room for the cut to move
         self.counts = [max(0, (len(shard) - 1) // self.T - 1) for shard in self.shards]
         self.ends = np.cumsum(self.counts)
+        self.draws = ShardDraws(c.seed, self.counts, c.train_batch_tokens // self.T)
         if not sum(self.counts) or len(self.held_out) < keep:
             raise BadInput(
                 f"DATA_PATH={c.data_path}: {total} training tokens are too few for"
@@ -1670,14 +1752,21 @@ class TrainData:
         different text would leave the model with the last one's.
         """
         total = int(self.ends[-1])
-        epoch, place = divmod(i, total)
-        order = permutation(self.c.seed, epoch, total)
-        index = int(order[place])
-        if self.c.data_order == "coprime":
-            index = (int(order[0]) + place * coprime_stride(total)) % total
-        shard = int(np.searchsorted(self.ends, index, side="right"))
+        if self.c.data_order == "shards":
+            step, row = divmod(i, self.draws.size)
+            epoch, shard, taken = self.draws.of_step(step)[row].tolist()
+            order = permutation(self.c.seed, epoch, total)
+            count = self.counts[shard]
+            number = (int(order[-1 - shard % total]) + taken * coprime_stride(count)) % count
+        else:
+            epoch, place = divmod(i, total)
+            order = permutation(self.c.seed, epoch, total)
+            index = int(order[place])
+            if self.c.data_order == "coprime":
+                index = (int(order[0]) + place * coprime_stride(total)) % total
+            shard = int(np.searchsorted(self.ends, index, side="right"))
+            number = index - int(self.ends[shard]) + self.counts[shard]
         cut = int(order[shard % total]) % self.T  # where the shard's first sequence begins
-        number = index - int(self.ends[shard]) + self.counts[shard]
         return self.read(shard, cut + number * self.T)
 
     def read(self, shard: int, start: int) -> np.ndarray:
@@ -2363,16 +2452,17 @@ class Optimizer:
             groups[parameter_rule(matrix_names(name, c.num_layers)[0]).group].append(p)
         # the largest reduction starts first
         self.banks = sorted(groups.pop("muon"), key=lambda p: -p.numel())
-        rates = {
-            "embed": c.tied_embed_lr if c.tie_embeddings else c.embed_lr,
-            "head": c.head_lr,
-            "scalar": c.scalar_lr,
+        embed_rate = c.tied_embed_lr if c.tie_embeddings else c.embed_lr
+        embed_wd = c.adam_wd if c.embed_wd < 0 else c.embed_wd
+        own = {
+            "embed": {"rate": embed_rate, "weight_decay": embed_wd},
+            "head": {"rate": c.head_lr, "weight_decay": c.adam_wd},
+            "scalar": {"rate": c.scalar_lr, "weight_decay": c.adam_wd},
         }
         self.adam = torch.optim.AdamW(
-            [{"params": ps, "rate": rates[key]} for key, ps in groups.items() if ps],
+            [{"params": ps, **own[key]} for key, ps in groups.items() if ps],
             betas=(c.beta1, c.beta2),
             eps=c.adam_eps,
-            weight_decay=c.adam_wd,
             fused=True,
         )
         self.small = [p for group in self.adam.param_groups for p in group["params"]]
@@ -2506,9 +2596,14 @@ class Optimizer:
 def lr_factor(c: Config, step: int, elapsed_ms: float, step_ms: float) -> float:
     """Factor on rates: 1, then linearly to 0, but not under MIN_LR.
 
-    It falls over WARMDOWN_ITERS before the nearer end: of steps, or of time, in which a step takes
-    step_ms (0: not known yet).
+    It falls before the nearer end, of steps or of time: over WARMDOWN_ITERS, whose time follows
+    from that of a step, step_ms (0: not known yet), or over WARMDOWN_FRAC of the whole (#1435).
     """
+    if c.warmdown_frac:
+        done = step / c.iterations
+        if c.max_wallclock_seconds:
+            done = max(done, elapsed_ms / (1000 * c.max_wallclock_seconds))
+        return max(min(1.0, (1 - done) / c.warmdown_frac), c.min_lr)
     factor = min(1.0, (c.iterations - step) / max(c.warmdown_iters, 1))
     if c.max_wallclock_seconds and step_ms and c.warmdown_iters:
         left_ms = max(0.0, 1000 * c.max_wallclock_seconds - elapsed_ms)

@@ -2,6 +2,7 @@
 
     python data/prepare.py demo                         Python's own standard library as text; no network, some seconds
     python data/prepare.py fineweb --train-shards 1     the challenge's shards and tokenizer, from the Hugging Face hub
+    python data/prepare.py fineweb --variant sp8192 --repo OWNER/NAME      the same text with another vocabulary
     python data/prepare.py text FILES... --name mine    your own .txt, .jsonl or .jsonl.zst files
 
 Shards go to data/datasets/NAME/fineweb_{train,val}_%06d.bin, tokenizers to data/tokenizers/. A file has its name only when
@@ -17,6 +18,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -33,7 +35,7 @@ import numpy as np
 import sentencepiece
 
 SHARD_MAGIC, SHARD_VERSION, BOS = 20240520, 1, 1
-DATASET, TOKENIZER = "fineweb10B_sp1024", "fineweb_1024_bpe.model"
+DATASET, TOKENIZER = "fineweb10B_sp1024", "fineweb_1024_bpe.model"  # the challenge's own
 TOKENIZER_SHA256, TOKENIZER_BYTES, LOOKALIKE_BYTES = "4f5e8adb", 254483, 253847
 # Tests, tables, and what differs between two installations of one Python version are no text to learn from.
 DEMO_SKIP = re.compile(
@@ -512,62 +514,132 @@ def check_tokenizer(path):
         raise BadInput(
             f"{path}: {size} bytes; the official tokenizer has {TOKENIZER_BYTES} and sha256 {TOKENIZER_SHA256}..."
         )
-    return 0
+    return 0, 0  # tokens and documents
 
 
-def read_manifest(path):
-    """(training shards, validation shards) that the hub's manifest offers for DATASET. Raises BadInput."""
+def read_manifest(path, name):
+    """What the hub's manifest says of a data set; tokens_val is None if it does not say. Raises BadInput."""
     try:
         manifest = json.loads(path.read_bytes())
-        entry = next(d for d in manifest["datasets"] if d["name"] == DATASET)
+        entries = {d["name"]: d for d in manifest["datasets"]}
+        if name not in entries:
+            raise BadInput(f"manifest.json: no {name} there; it has {', '.join(sorted(entries))}.")
+        entry, stats = entries[name], entries[name]["stats"]
         models = {t.get("name"): t.get("model_path") for t in manifest.get("tokenizers", [])}
-        model = entry.get("model_path") or models.get(entry.get("tokenizer_name")) or TOKENIZER
-        counts = int(entry["stats"]["files_train"]), int(entry["stats"]["files_val"])
-    except (ValueError, KeyError, TypeError, StopIteration) as why:
+        model = entry.get("model_path") or models.get(entry.get("tokenizer_name"))
+        if not model and name != DATASET:
+            raise KeyError("model_path")
+        found = dict(tokenizer=Path(model or TOKENIZER).name, tokens_val=stats.get("tokens_val"))
+        found |= {key: int(stats[key]) for key in ("files_train", "files_val")}
+    except (ValueError, KeyError, TypeError, AttributeError) as why:
         raise BadInput(
-            f"manifest.json: no complete entry for {DATASET} ({type(why).__name__} {why}); has it changed?"
+            f"manifest.json: no complete entry for {name} ({type(why).__name__} {why}); has it changed?"
         ) from None
-    if Path(model).name != TOKENIZER:
-        raise BadInput(f"manifest.json: {DATASET} has the tokenizer {model}, not {TOKENIZER}.")
-    return counts
+    if name == DATASET and found["tokenizer"] != TOKENIZER:
+        raise BadInput(f"manifest.json: {name} has the tokenizer {model}, not {TOKENIZER}.")
+    return found
 
 
-def fineweb(args, fetch):
-    """The shards and tokenizer of the challenge, from the Hugging Face hub. Files that are there and whole are left alone."""
-    fetch, temporary = fetch or fetch_from_hub(args.repo), args.out / "datasets" / ".fetch"
-    STATUS.text = "fetching the manifest"
-    counts = read_manifest(fetch("datasets/manifest.json", temporary))
-    if args.train_shards > counts[0]:
-        raise BadInput(f"--train-shards {args.train_shards}: the manifest offers {counts[0]}.")
-    names = [
-        f"fineweb_{split}_{i:06d}.bin"
-        for split, n in (("val", counts[1]), ("train", args.train_shards))
-        for i in range(n)
-    ]
-    files = [(f"tokenizers/{TOKENIZER}", check_tokenizer)] + [
-        (f"datasets/{DATASET}/{name}", check_shard) for name in names
-    ]
-    written = tokens = documents = 0
-    for i, (name, check) in enumerate(files, 1):
-        target = args.out / name
+def check_pieces(path, pieces):
+    """Raises BadInput unless the file is a tokenizer of so many pieces whose documents begin as everywhere here."""
+    sp = load_tokenizer(path)
+    if sp.vocab_size() != pieces or sp.bos_id() != BOS:
+        raise BadInput(
+            f"{path}: {sp.vocab_size()} pieces, BOS id {sp.bos_id()}; sp{pieces} has {pieces} and {BOS}."
+        )
+    return 0, 0  # tokens and documents
+
+
+def count_shard(path, pieces):
+    """(tokens, documents) of a whole shard file of a vocabulary. Raises BadInput."""
+    n, ids = check_shard(path), np.memmap(path, "<u2", "r", 1024)
+    if ids.max() >= pieces:
+        raise BadInput(
+            f"{path}: token id {ids.max()}; a vocabulary of {pieces} ends at {pieces - 1}."
+        )
+    return n, int(np.count_nonzero(ids == BOS))
+
+
+def refuse_other_source(folder, repo, model):
+    """Raises BadInput if what is there is not known to be of one repository: shards, or the tokenizer of that name.
+
+    source.json, in the folder of the shards, says whose they are, and the digest of their tokenizer.
+    """
+    known = read_json(folder / "source.json")
+    shards = any(folder.glob("fineweb_*.bin"))
+    if shards and known.get("repo") != repo:
+        raise BadInput(
+            f"--repo {repo}: the shards in {folder} are of {known.get('repo', 'an unknown origin')}; move that "
+            "folder, or give another --out."
+        )
+    if model.is_file() and hashlib.sha256(model.read_bytes()).hexdigest() != known.get("tokenizer"):
+        raise BadInput(
+            f"{model}: is there, and is not known to be that of {repo}; move it, or give another --out."
+        )
+
+
+def note_source(folder, repo, tokenizer):
+    """Write source.json for refuse_other_source()."""
+    digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    with replacing(folder / "source.json") as f:
+        f.write(json.dumps({"repo": repo, "tokenizer": digest}).encode())
+
+
+def fetch_files(fetch, out, names, check, count):
+    """What count(path) gives of each file that was fetched; those that are there, and pass check(path), are left alone."""
+    found = []
+    for i, name in enumerate(names, 1):
+        target = out / name
         with contextlib.suppress(BadInput):
             check(target)
             continue
-        STATUS.text = f"fetching {name} ({i} of {len(files)})"
-        source = fetch(f"datasets/{name}", temporary)
+        STATUS.text = f"fetching {name} ({i} of {len(names)})"
+        source = fetch(f"datasets/{name}", out / "datasets" / ".fetch")
         try:
-            tokens += check(source)
+            found.append(count(source))
         except BadInput:
             source.unlink(missing_ok=True)  # the next run must not take it for fetched
             raise
-        if check is check_shard:
-            documents += int(np.count_nonzero(np.memmap(source, "<u2", "r", 1024) == BOS))
         target.parent.mkdir(parents=True, exist_ok=True)
         source.replace(target)
-        written += 1
+    return found
+
+
+def fineweb(args, fetch):
+    """The challenge's text in shards, with their tokenizer, from the Hugging Face hub. Files that are there and whole stay."""
+    fetch, temporary = fetch or fetch_from_hub(args.repo), args.out / "datasets" / ".fetch"
+    dataset, pieces = f"fineweb10B_{args.variant}", int(args.variant[2:])
+    STATUS.text = "fetching the manifest"
+    offer = read_manifest(fetch("datasets/manifest.json", temporary), dataset)
+    if args.train_shards > offer["files_train"]:
+        raise BadInput(
+            f"--train-shards {args.train_shards}: the manifest offers {offer['files_train']}."
+        )
+    folder, model = args.out / "datasets" / dataset, args.out / "tokenizers" / offer["tokenizer"]
+    official, check = dataset == DATASET, check_tokenizer
+    if not official:  # its tokenizer is not known beforehand
+        refuse_other_source(folder, args.repo, model)
+        check = functools.partial(check_pieces, pieces=pieces)
+    done = fetch_files(fetch, args.out, [f"tokenizers/{model.name}"], check, check)
+    if not official:
+        note_source(folder, args.repo, model)
+    count = functools.partial(count_shard, pieces=pieces)
+    for split, n in (("val", offer["files_val"]), ("train", args.train_shards)):
+        names = [f"datasets/{dataset}/fineweb_{split}_{i:06d}.bin" for i in range(n)]
+        done += fetch_files(fetch, args.out, names, check_shard, count)
+        tokens = sum(check_shard(args.out / name) for name in names)
+        if split == "val" and offer["tokens_val"] not in (None, tokens):
+            raise BadInput(
+                f"{folder}: {tokens} validation tokens, {offer['tokens_val']} in the manifest; remove its"
+                " fineweb_val_*.bin and fetch again."
+            )
     shutil.rmtree(temporary, ignore_errors=True)
+    if not official:
+        print(f"to train with: DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE={pieces}")
+    files = 1 + offer["files_val"] + args.train_shards
+    tokens, documents = map(sum, zip(*done, (0, 0), strict=True))
     print(
-        f"{DATASET}: wrote {written} files, {tokens:,} tokens, {documents:,} documents; {len(files) - written} were there"
+        f"{dataset}: wrote {len(done)} files, {tokens:,} tokens, {documents:,} documents; {files - len(done)} were there"
     )
 
 
@@ -593,6 +665,14 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see {self.prog} --help")
 
 
+def variant(text):
+    """The name of a vocabulary of SentencePiece's: sp and its size, which the command line says."""
+    size = re.fullmatch(r"sp([1-9]\d*)", text)
+    if not size or not 261 <= int(size[1]) <= 65536:
+        raise argparse.ArgumentTypeError(f"{text}: allowed are sp261 to sp65536, such as sp4096")
+    return text
+
+
 def parser():
     """The command line."""
     top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -615,6 +695,13 @@ def parser():
         default=80,
         metavar="N",
         help="200 MB, 100 M tokens each (default 80)",
+    )
+    add(
+        "--variant",
+        type=variant,
+        default="sp1024",
+        metavar="spN",
+        help="size of the vocabulary, up to sp65536 (default %(default)s, the challenge's)",
     )
     add(
         "--repo",

@@ -55,6 +55,15 @@ TINY = dict(
 )
 
 
+def tiny_settings(*changes):
+    """TINY with changes, later ones winning; WARMDOWN_FRAC among them takes its WARMDOWN_ITERS' place."""
+    changed = {name: value for values in changes for name, value in values.items()}
+    base = {
+        k: v for k, v in TINY.items() if k != "WARMDOWN_ITERS" or "WARMDOWN_FRAC" not in changed
+    }
+    return {**base, **changed}
+
+
 def write_shard(path, tokens):
     """A shard file as the format says, independent of data/prepare.py."""
     header = np.zeros(256, "<i4")
@@ -105,7 +114,7 @@ def tiny(tiny_data, tmp_path, monkeypatch):
 
     def run(**changes):
         name = changes.pop("RUN_ID", f"run{next(count)}")
-        t.run_all(t.load_config({**TINY, **tiny_data, "RUN_ID": name, **changes}))
+        t.run_all(t.load_config(tiny_settings(tiny_data, {"RUN_ID": name}, changes)))
         return read_metrics(tmp_path / "logs" / name)
 
     return run
@@ -141,7 +150,7 @@ def timeless(metrics):
 
 def config(tiny_data=None, **changes):
     """Config of a tiny model."""
-    return t.load_config({**TINY, **(tiny_data or {}), **changes})
+    return t.load_config(tiny_settings(tiny_data or {}, changes))
 
 
 def process(env, cwd, ranks=0, script=ROOT / "train_gpt.py", timeout=240):

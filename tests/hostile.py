@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import TINY, make_tiny_data, read_metrics, t, timeless
+from conftest import make_tiny_data, read_metrics, t, timeless, tiny_settings
 
 from tools import audit
 
@@ -41,10 +41,11 @@ VALUES = dict(
     VAL_BATCH_SIZE=(32, 64, 1024),
     VAL_LOSS_EVERY=(0, 5),
     TRAIN_LOG_EVERY=(1, 7),
-    DATA_ORDER=("coprime",),
+    DATA_ORDER=("coprime", "shards"),
     ITERATIONS=(1, 2, 7, 25),
     MAX_WALLCLOCK_SECONDS=(0.001, 0.5, 60),
     WARMDOWN_ITERS=(0, 3, 20, 1000),
+    WARMDOWN_FRAC=(0, 0.3, 1),
     MIN_LR=(0.05, 0.3, 1),
     TRAIN_SEQ_LEN=(16, 96),
     NUM_LAYERS=(2, 4),
@@ -89,6 +90,7 @@ VALUES = dict(
     MUON_ROW_NORM=(1,),
     MUON_WD=(0, 0.5),
     ADAM_WD=(0, 0.5),
+    EMBED_WD=(-1, 0, 0.5),
     BETA1=(0, 0.8),
     BETA2=(0.9,),
     ADAM_EPS=(1e-5,),
@@ -183,13 +185,13 @@ class Hostile:
         self.folder = folder
         data = folder / "data"
         data.mkdir()
-        self.base = {**TINY, **make_tiny_data(data, targets), "SAVE_EVERY": "3"}
+        self.base = {**make_tiny_data(data, targets), "SAVE_EVERY": "3"}
         self.count = 0
 
     def run(self, name, changes):
         """Figures by label of a run. Raises what it raises."""
         with contextlib.chdir(self.folder), contextlib.redirect_stdout(io.StringIO()):
-            t.run_all(t.load_config({**self.base, **changes, "RUN_ID": name}))
+            t.run_all(t.load_config(tiny_settings(self.base, changes, {"RUN_ID": name})))
         return read_metrics(self.folder / "logs" / name)
 
     def path(self, name):
@@ -244,7 +246,7 @@ class Hostile:
         artifact = self.path(name) / "final_model.ptz"
         mine = {
             k: v
-            for k, v in {**self.base, **changes}.items()
+            for k, v in tiny_settings(self.base, changes).items()
             if k not in (*t.MODEL_SETTINGS, "TRAIN_BATCH_TOKENS")
         }
         mine |= {"PRESET": changes["PRESET"]} if "PRESET" in changes else {}

@@ -43,6 +43,71 @@ def test_an_epoch_serves_every_sequence_once_and_never_the_held_out_text(tiny_da
     )
 
 
+@pytest.fixture
+def many_shards(tiny_data, tmp_path):
+    """Settings of a data set of 40 training shards of 41 sequences or so, the last ones shorter."""
+    for k in range(40):
+        n = 42 * 32 + 2 if k < 36 else 20 * 32
+        write_shard(tmp_path / f"fineweb_train_{k:06}.bin", np.arange(n) % 300 + 4)
+    return {**tiny_data, "DATA_PATH": str(tmp_path), "DATA_ORDER": "shards", "EVALS": "none"}
+
+
+def plain_draws(counts, size, steps, seed):
+    """(epoch, shard, how many before) of every sequence of the first steps, one after the other, by the rule in words."""
+    left, epoch, rows = list(counts), 0, []
+    for step in range(steps):
+        rng = np.random.default_rng((seed, step, 2))
+        power = 0.9 - 0.4 * min(step, 1800) / 1800
+        wanted = size
+        while wanted > 0:
+            if sum(left) == 0:
+                left, epoch = list(counts), epoch + 1
+            chances = np.array([float(x) ** power for x in left])
+            n = min(8 + round(24 * min(step, 1800) / 1800), sum(x > 0 for x in left), wanted)
+            chosen = rng.choice(len(left), n, replace=False, p=chances / chances.sum())
+            more = rng.multinomial(wanted - n, chances[chosen] / chances[chosen].sum())
+            for k, extra in zip(chosen, more):
+                for _ in range(min(1 + extra, left[k])):
+                    rows.append((epoch, k, counts[k] - left[k]))
+                    left[k] -= 1
+                    wanted -= 1
+    return rows
+
+
+def test_steps_draw_from_8_to_32_shards_by_what_these_have_left(many_shards):
+    data = loader(many_shards, TRAIN_BATCH_TOKENS="2048")  # 64 sequences
+    for step in (0, 900, 1800, 2500):  # the plain rule is slow: only the number of shards, later
+        shards = {row[1] for row in data.draws.of_step(step)}
+        assert len(shards) >= min(32, 8 + round(24 * step / 1800))
+    counts, steps = data.counts, 60  # more than two epochs
+    expected = np.array(plain_draws(counts, 64, steps, data.c.seed))
+    found = np.concatenate([data.draws.of_step(s) for s in range(steps)])
+    assert (found == expected).all() and found[-1, 0] >= 2
+    assert len(set(found[:64, 1].tolist())) == 8
+
+
+def test_an_epoch_over_many_shards_serves_every_sequence_once(many_shards):
+    data, places = loader(many_shards), []
+    data.read = lambda shard, start: places.append((shard, start))
+    n = sum(data.counts)
+    for epoch in range(3):
+        places.clear()
+        for i in range(epoch * n, (epoch + 1) * n):
+            data.sequence(i)
+        assert len(set(places)) == n
+        for k, count in enumerate(data.counts):
+            starts = sorted(start for shard, start in places if shard == k)
+            assert len(starts) == count and set(np.diff(starts)) == {data.T}
+            assert starts[-1] + data.T < len(data.shards[k])
+
+
+def test_drawn_sequences_are_the_same_from_any_step(many_shards):
+    whole, later = loader(many_shards), loader(many_shards)
+    rows = [whole.load(step) for step in range(30)]
+    assert all((later.load(step) == rows[step]).all() for step in (17, 18, 29, 3))
+    assert not (loader(many_shards, SEED="2").load(17) == rows[17]).all()
+
+
 @pytest.mark.parametrize("order", ["shuffled", "coprime"])
 def test_an_epoch_goes_through_all_shards_at_once(order, tiny_data):
     """Shards of different text: every part of an epoch has of each what it has in the whole."""
@@ -64,10 +129,11 @@ def test_order_follows_the_seed_and_differs_between_epochs(tiny_data):
     assert first == again != third and first != [a.sequence(n + i).tolist() for i in range(20)]
 
 
-def test_ranks_share_out_the_same_tokens(tiny_data):
-    whole, parts = loader(tiny_data), []
+@pytest.mark.parametrize("order", ["shuffled", "shards"])
+def test_ranks_share_out_the_same_tokens(order, tiny_data):
+    whole, parts = loader(tiny_data, DATA_ORDER=order), []
     for rank in range(3):
-        part = loader(tiny_data)
+        part = loader(tiny_data, DATA_ORDER=order)
         part.ranks.rank, part.ranks.world = rank, 3
         parts.append(part.load(5))
     assert (np.concatenate(parts) == whole.load(5).numpy()).all()

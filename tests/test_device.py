@@ -97,10 +97,11 @@ def simulate(step_ms, logged, *, cap_s=600, primed=True, begin=0, validate=(), j
     return found
 
 
+@pytest.mark.parametrize("warmdown", [dict(WARMDOWN_ITERS=3500), dict(WARMDOWN_FRAC=0.667)])
 @pytest.mark.parametrize("logged", [True, False])
 @pytest.mark.parametrize("step_ms", [84, 400, 672, 2000])
-def test_rates_and_stop_are_those_of_the_exact_time(step_ms, logged):
-    c = config(MAX_WALLCLOCK_SECONDS=600, ITERATIONS=20000, WARMDOWN_ITERS=3500, MIN_LR=0)
+def test_rates_and_stop_are_those_of_the_exact_time(step_ms, logged, warmdown):
+    c = config(MAX_WALLCLOCK_SECONDS=600, ITERATIONS=20000, **warmdown)
     found = simulate(step_ms, logged, validate=(0, 50, 100))
     for step, exact, elapsed, estimate, measured in found:
         assert abs(elapsed - exact) <= step_ms / 2 + 10, step
@@ -123,6 +124,11 @@ def test_a_slow_first_step_that_was_not_primed_has_no_part_in_what_a_step_takes(
 def test_a_resumed_clock_goes_on_from_its_step():
     found = simulate(400, True, begin=700)
     assert found[0][1:4] == (280_000, 280_000, 400)
+    c = config(MAX_WALLCLOCK_SECONDS=600, ITERATIONS=20000, WARMDOWN_FRAC=0.667)
+    whole = {row[0]: row for row in simulate(400, True)}
+    for step, _, elapsed, estimate, _ in found:  # at the rates of a run that was not cut off
+        uncut = t.lr_factor(c, step, *whole[step][2:4])
+        assert t.lr_factor(c, step, elapsed, estimate) == pytest.approx(uncut, abs=1e-3)
     assert all(abs(elapsed - exact) < 200 for _, exact, elapsed, *_ in found)
 
 

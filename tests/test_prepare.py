@@ -194,17 +194,21 @@ def test_every_text_is_encoded_exactly(model, dummy_prefix, texts, tmp_path_fact
 class Hub:
     """Stands in for the hub: repo path -> bytes, written where they are asked for. fail: a path that breaks off half-way."""
 
-    def __init__(self, tmp_path, monkeypatch, shards=3):
+    def __init__(self, tmp_path, monkeypatch, shards=3, pieces=1024, model=None):
+        """model: the tokenizer; without one a stand-in for the official one."""
+
         def shard(seed):
             path = tmp_path / "made.bin"
-            prepare.write_shard(
-                path, [[1], np.random.default_rng(seed).integers(4, 1024, 500), [1, 7]]
-            )
+            ids = np.random.default_rng(seed).integers(4, pieces, 500)
+            prepare.write_shard(path, [[1], ids, [1, 7]])
             return path.read_bytes()
 
-        tokenizer = os.urandom(prepare.TOKENIZER_BYTES)
-        monkeypatch.setattr(prepare, "TOKENIZER_SHA256", hashlib.sha256(tokenizer).hexdigest()[:8])
-        name = prepare.DATASET
+        tokenizer = model or os.urandom(prepare.TOKENIZER_BYTES)
+        if not model:
+            digest = hashlib.sha256(tokenizer).hexdigest()
+            monkeypatch.setattr(prepare, "TOKENIZER_SHA256", digest[:8])
+        name = f"fineweb10B_sp{pieces}"
+        model_path = f"tokenizers/fineweb_{pieces}_bpe.model"
         self.manifest = {
             "datasets": [
                 {
@@ -213,13 +217,13 @@ class Hub:
                     "stats": {"files_train": shards, "files_val": 1},
                 }
             ],
-            "tokenizers": [{"name": "sp", "model_path": "tokenizers/" + prepare.TOKENIZER}],
+            "tokenizers": [{"name": "sp", "model_path": model_path}],
         }
         self.files = {
             f"datasets/datasets/{name}/fineweb_{s}_{i:06d}.bin": shard(i)
             for s, n in (("train", shards), ("val", 1))
             for i in range(n)
-        } | {"datasets/tokenizers/" + prepare.TOKENIZER: tokenizer}
+        } | {f"datasets/{model_path}": tokenizer}
         self.fail, self.fetched = None, []
 
     def __call__(self, repo_path, folder):
@@ -299,6 +303,128 @@ def test_fineweb_refuses_what_is_not_official(tmp_path, monkeypatch, capsys):
     ):
         damage(hub.manifest)
         assert "manifest.json: no complete entry" in refused(capsys, *command, fetch=hub)
+
+
+def sp320(tmp_path, monkeypatch, model):
+    """(stand-in hub, folder, command) of a data set of 320 pieces."""
+    out = tmp_path / "data"
+    command = ("fineweb", "--variant", "sp320", "--repo", "me/x", "--out", out, "--train-shards", 2)
+    return Hub(tmp_path, monkeypatch, pieces=320, model=model), out, command
+
+
+def test_fineweb_with_another_vocabulary(tmp_path, monkeypatch, capsys, model):
+    hub, out, command = sp320(tmp_path, monkeypatch, model)
+    hub.manifest["datasets"][0]["stats"]["tokens_val"] = 503
+    folder, tokenizer = out / "datasets/fineweb10B_sp320", out / "tokenizers/fineweb_320_bpe.model"
+    hub.fail = "datasets/datasets/fineweb10B_sp320/fineweb_train_000001.bin"
+    assert run(capsys, *command, fetch=hub)[0] == 130
+    hub.fail, hub.fetched = None, []
+    capsys.readouterr()
+    assert prepare.main([str(word) for word in command], hub) == 0
+    said = capsys.readouterr().out.strip().split("\n")
+    assert said[-1] == "fineweb10B_sp320: wrote 1 files, 503 tokens, 2 documents; 3 were there"
+    assert [Path(p).name for p in hub.fetched] == ["manifest.json", "fineweb_train_000001.bin"]
+    assert tokenizer.read_bytes() == model
+    names = {path.name for path in folder.iterdir()}
+    assert {name for name in names if name.endswith(".bin")} == {
+        "fineweb_train_000000.bin",
+        "fineweb_train_000001.bin",
+        "fineweb_val_000000.bin",
+    }
+    # what it says is what training takes
+    given = dict(word.split("=") for word in said[-2].removeprefix("to train with: ").split())
+    c = train_gpt.load_config({**given, "EVAL_SEQ_LEN": "64", "TRAIN_SEQ_LEN": "64"})
+    assert train_gpt.ValData(c, train_gpt.Ranks(c)).n == 448
+
+
+@pytest.mark.parametrize("text", ["sp", "sp0", "sp260", "sp65537", "byte260", "SP4096", "4096"])
+def test_an_unknown_variant_is_refused_before_anything_is_fetched(text, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        prepare.main(["fineweb", "--variant", text], fetch=None)
+    assert f"{text}: allowed are sp261 to sp65536, such as sp4096" in capsys.readouterr().err
+
+
+def test_what_is_not_of_the_variant_is_refused(tmp_path, monkeypatch, capsys, model):
+    hub, out, command = sp320(tmp_path, monkeypatch, model)
+    folder, tokenizer = out / "datasets/fineweb10B_sp320", out / "tokenizers/fineweb_320_bpe.model"
+    other = [word if word != "sp320" else "sp8192" for word in command]
+    assert "no fineweb10B_sp8192 there; it has fineweb10B_sp320." in refused(
+        capsys, *other, fetch=hub
+    )
+    assert [Path(p).name for p in hub.fetched] == ["manifest.json"]
+    whole = dict(hub.files)
+    for name, data, words in (
+        ("tokenizers/fineweb_320_bpe.model", b"x", "not a SentencePiece model"),
+        (
+            "tokenizers/fineweb_320_bpe.model",
+            prepare.train_tokenizer(["a b c d " * 999], 8000, 265),
+            "265 pieces, BOS id 1; sp320 has 320 and 1",
+        ),
+        (
+            "datasets/fineweb10B_sp320/fineweb_val_000000.bin",
+            Hub(tmp_path, monkeypatch).files[
+                "datasets/datasets/fineweb10B_sp1024/fineweb_val_000000.bin"
+            ],
+            "a vocabulary of 320 ends at 319",
+        ),
+    ):
+        hub.files = whole | {f"datasets/{name}": data}
+        assert words in refused(capsys, *command, fetch=hub)
+        assert not (out / name).exists()
+    hub.files = whole
+    stats = hub.manifest["datasets"][0]["stats"]
+    stats["tokens_val"] = 504
+    assert "503 validation tokens, 504 in the manifest" in refused(capsys, *command, fetch=hub)
+    del stats["tokens_val"]
+    assert run(capsys, *command, fetch=hub)[0] == 0
+
+    another = [word if word != "me/x" else "you/y" for word in command]
+    assert "the shards in" in refused(capsys, *another, fetch=hub)
+    folder.rename(tmp_path / "moved")
+    assert f"{tokenizer}: is there, and is not known" in refused(capsys, *another, fetch=hub)
+    tokenizer.unlink()
+    assert run(capsys, *another, fetch=hub)[0] == 0
+    hub.manifest["tokenizers"] = []
+    assert "no complete entry for fineweb10B_sp320 (KeyError 'model_path')" in refused(
+        capsys, *another, fetch=hub
+    )
+
+
+def test_a_vocabulary_of_65536_is_trained_and_scored(tmp_path, monkeypatch, capsys, model):
+    from conftest import TINY
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    for i in range(65536 - len(proto.pieces)):
+        proto.pieces.add(piece=f"q{i}", score=-1e6 - i)
+    hub = Hub(tmp_path, monkeypatch, pieces=65536, model=proto.SerializeToString())
+    ids = [1, 65535, *range(4, 200), 65535]
+    for name in hub.files:
+        if "/fineweb_" in name and name.endswith(".bin"):
+            prepare.write_shard(tmp_path / "made.bin", [ids])
+            hub.files[name] = (tmp_path / "made.bin").read_bytes()
+    hub.files["datasets/datasets/fineweb10B_sp65536/fineweb_val_000000.bin"] = (
+        hub.files["datasets/datasets/fineweb10B_sp65536/fineweb_train_000000.bin"][:-2]
+        + b"\xfe\xff"
+    )
+    command = ("fineweb", "--variant", "sp65536", "--train-shards", 1, "--out", tmp_path / "data")
+    assert run(capsys, *command, fetch=hub)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    c = train_gpt.load_config(
+        {
+            **TINY,
+            "DATA_PATH": "data/datasets/fineweb10B_sp65536",
+            "TOKENIZER_PATH": "data/tokenizers/fineweb_65536_bpe.model",
+            "VOCAB_SIZE": "65536",
+            "ITERATIONS": "1",
+            "VAL_LOSS_EVERY": "0",
+            "LATE_QAT": "0",
+            "EVALS": "ttt_slot",
+            "RUN_ID": "wide",
+        }
+    )
+    train_gpt.run_all(c)
+    assert "final_artifact_ttt_slot" in Path("logs/wide.txt").read_text()
 
 
 def test_hub_errors_are_one_line(tmp_path, monkeypatch, capsys):

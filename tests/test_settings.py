@@ -29,6 +29,7 @@ CHANGES = dict(
     TRAIN_LOG_EVERY=11,
     ITERATIONS=6,
     WARMDOWN_ITERS=2,
+    WARMDOWN_FRAC=0.5,
     NUM_LAYERS=4,
     MODEL_DIM=48,
     NUM_HEADS=2,
@@ -57,6 +58,7 @@ CHANGES = dict(
     MUON_BACKEND_STEPS=1,
     MUON_WD=3,
     ADAM_WD=3,
+    EMBED_WD=3,
     BETA1=0.1,
     BETA2=0.5,
     ADAM_EPS=0.01,
@@ -307,6 +309,10 @@ def test_all_problems_are_reported_at_once():
         (dict(VRL_ENABLED=1, VALUE_RESIDUAL=1), "VRL_ENABLED"),
         (dict(PREQUANT_TTT_FREEZE_BLOCKS=12), "PREQUANT_TTT_FREEZE_BLOCKS"),
         (dict(LOGIT_SOFTCAP=2000), "LOGIT_SOFTCAP"),
+        (dict(WARMDOWN_FRAC="0.5", WARMDOWN_ITERS=2000), "WARMDOWN_FRAC"),
+        (dict(WARMDOWN_FRAC="0.5", WARMDOWN_ITERS=2000), "WARMDOWN_ITERS"),
+        (dict(WARMDOWN_FRAC="1.5"), "WARMDOWN_FRAC"),
+        (dict(EMBED_WD="-0.5"), "EMBED_WD"),
         (dict(PRESET="record"), "PRESET"),
         (dict(ATTENTION="fa2"), "ATTENTION"),
     ],
@@ -449,6 +455,24 @@ def test_a_preset_is_the_published_system(preset, parameters, label, breaks, val
 def test_preset_sets_defaults_and_explicit_variables_win():
     c = t.load_config(dict(PRESET="demo", MODEL_DIM="96"))
     assert (c.num_layers, c.model_dim, c.seed) == (4, 96, 1337)
+
+
+def test_of_the_two_lengths_of_the_warmdown_the_later_one_is_meant(monkeypatch):
+    """A variable is later than a preset, and a preset than the one before it."""
+    monkeypatch.setitem(t.PRESETS, "pr549", dict(WARMDOWN_FRAC=0.6))
+    for env, expected in (
+        (dict(PRESET="pr549"), (3500, 0.6)),
+        (dict(PRESET="pr549", WARMDOWN_ITERS="500"), (500, 0)),
+        (dict(PRESET="pr549", WARMDOWN_FRAC="0.2"), (3500, 0.2)),
+        (dict(PRESET="pr549", WARMDOWN_FRAC="0"), (3500, 0)),
+        (dict(PRESET="demo", WARMDOWN_FRAC="0.2"), (160, 0.2)),
+        (dict(PRESET="demo,pr549"), (160, 0.6)),
+        (dict(PRESET="pr549,demo"), (160, 0)),
+        (dict(PRESET="pr549,demo", WARMDOWN_ITERS="7"), (7, 0)),
+        (dict(WARMDOWN_FRAC="0", WARMDOWN_ITERS="7"), (7, 0)),
+    ):
+        c = t.load_config(env)
+        assert (c.warmdown_iters, c.warmdown_frac) == expected, env
 
 
 def test_help_lists_every_setting_without_importing_torch(tmp_path):

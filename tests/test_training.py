@@ -35,8 +35,9 @@ def plain_muon(w, g, buffer, c, lr, momentum):
     return w * (1 - lr * c.muon_wd) - lr * math.sqrt(max(1, w.size(0) / w.size(1))) * x
 
 
-def test_banked_muon_and_adamw_equal_their_plain_versions():
-    c = config(GRAD_CLIP_NORM="0.5")
+@pytest.mark.parametrize("embed_wd", [None, "0", "0.5"])
+def test_banked_muon_and_adamw_equal_their_plain_versions(embed_wd):
+    c = config(GRAD_CLIP_NORM="0.5", **({"EMBED_WD": embed_wd} if embed_wd else {}))
     model, run = random_model(c), t.Run(c)
     optimizer = t.Optimizer(c, run.ranks, model)
     plain = {
@@ -50,11 +51,19 @@ def test_banked_muon_and_adamw_equal_their_plain_versions():
         if n not in t.BANKS
     }
     lr_of = {"embed": c.tied_embed_lr, "scalar": c.scalar_lr}
+    tables = {"tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight"}
+    assert tables < set(small)
     adam = torch.optim.AdamW(
-        [dict(params=[p], lr=lr_of[t.parameter_rule(n).group]) for n, p in small.items()],
+        [
+            dict(
+                params=[p],
+                lr=lr_of[t.parameter_rule(n).group],
+                weight_decay=float(embed_wd or 0.04) if n in tables else 0.04,
+            )
+            for n, p in small.items()
+        ],
         betas=(c.beta1, c.beta2),
         eps=c.adam_eps,
-        weight_decay=c.adam_wd,
     )
     g = torch.Generator().manual_seed(3)
     for step in range(3):
@@ -100,6 +109,22 @@ def test_lr_falls_to_zero_before_whichever_end_is_nearer():
     uncapped = config(ITERATIONS="100", WARMDOWN_ITERS="20", MAX_WALLCLOCK_SECONDS="0")
     assert [t.lr_factor(uncapped, s, 1e9, 1e6) for s in (0, 80, 90, 100)] == [1, 1, 0.5, 0]
     assert t.lr_factor(config(WARMDOWN_ITERS="0"), 5, 1.0, 1.0) == 1
+
+
+def test_a_warmdown_of_a_share_is_one_of_the_run_or_under_a_cap_of_its_time():
+    share, steps = 0.6, np.arange(0, 2001)
+    for cap, step_ms in ((0, 84.0), (600, 84.0), (600, 400.0), (60, 0.5)):
+        c = config(ITERATIONS="2000", WARMDOWN_FRAC=share, MAX_WALLCLOCK_SECONDS=cap)
+        ms = steps * step_ms
+        parts = np.maximum(steps / 2000, ms / (1000 * cap) if cap else 0)
+        expected = np.clip((1 - parts) / share, 0, 1)
+        found = [t.lr_factor(c, s, m, 0.0) for s, m in zip(steps.tolist(), ms, strict=True)]
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+        # at full rate until the warmdown's share is what is left
+        late = 600_000 / step_ms * 0.4 if cap == 600 and step_ms == 400 else 800
+        assert found.index(next(f for f in found if f < 1)) == late + 1
+    c = config(ITERATIONS="2000", WARMDOWN_FRAC="0.6", MIN_LR="0.1")
+    assert [t.lr_factor(c, s, 0.0, 0.0) for s in (799, 1400, 2000)] == pytest.approx([1, 0.5, 0.1])
 
 
 def test_momentum_and_ttt_rate():
