@@ -273,12 +273,18 @@ def summary(record):
 
 
 def read_json(path):
-    """What an earlier command wrote to a prepare.json, {} if there is nothing of the kind."""
+    """The object in a JSON file, {} if there is none."""
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return {}
-    splits = [found.get(split) for split in ("val", "train")] if isinstance(found, dict) else [0]
+    return found if isinstance(found, dict) else {}
+
+
+def read_record(path):
+    """What an earlier command wrote to a prepare.json, {} if there is nothing of the kind."""
+    found = read_json(path)
+    splits = [found.get(split) for split in ("val", "train")]
     whole = all(
         isinstance(rows, list)
         and all(isinstance(row, dict) and set(COUNTS) <= set(row) for row in rows)
@@ -295,7 +301,7 @@ def build(args, name, model, splits, settings, text_bytes, keep=False):
     """
     folder, trains = args.out / "datasets" / name, "vocab_size" in settings
     work = folder.with_name(name + ".part")
-    done, record = read_json(folder / "prepare.json"), read_json(work / "prepare.json")
+    done, record = read_record(folder / "prepare.json"), read_record(work / "prepare.json")
     if done and (keep or done["settings"] == settings) and model.is_file() and not args.force:
         with contextlib.suppress(BadInput):
             for split in splits:
