@@ -25,7 +25,7 @@ from pathlib import Path
 from tools import figures
 from tools.checks import check, is_record
 from tools.follow import follow
-from tools.logs import STAGES, LogError, read_log
+from tools.logs import STAGES, LogError, NoLog, read_logs
 from tools.significance import against
 from tools.submission import submission
 from tools.tables import compressors, markdown, notes, table, update
@@ -53,14 +53,16 @@ def expand(paths):
 def read_all(paths):
     """(logs, whether all could be read); says of each that could not why. A log and its folder are one."""
     logs, well = [], True
+    named = set(map(Path, paths))
     for path in expand(paths):
         try:
-            log = read_log(path)
-            if log.path not in [other.path for other in logs]:
-                logs.append(log)
+            found = read_logs(path)
+            if found[0].path not in [other.path for other in logs]:
+                logs += found
         except LogError as why:
-            print(f"error: {why}", file=sys.stderr)
-            well = False
+            beside = isinstance(why, NoLog) and path not in named  # a record has other texts too
+            print(f"{'note' if beside else 'error'}: {why}", file=sys.stderr)
+            well &= beside
     return logs, well
 
 
