@@ -1,6 +1,7 @@
 """tools/lines.py and tools/logs.py: every format of a line, in snippets made here, and all logs of the challenge's records where they are at hand."""
 
 import math
+import random
 import statistics
 import time
 
@@ -112,6 +113,15 @@ def test_a_time_before_each_line_is_no_part_of_it(tmp_path):
     assert one(tmp_path, dated).score.val_bpb == 1.22
 
 
+@pytest.mark.parametrize("coding", ["utf-16", "utf-8-sig", "utf-8"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_logs_of_windows(coding, end, tmp_path):
+    bar = "".join(f"\r {i} %|###" for i in range(9000))
+    (tmp_path / "a.log").write_bytes(f"x\n{bar}\r{CLARK}".replace("\n", end).encode(coding))
+    (log,) = read_logs(tmp_path / "a.log")
+    assert (log.seed, log.steps, log.score.val_bpb, log.broken) == (77, 800, 1.22, 0)
+
+
 TERNARY = """import torch
     step:1/2 train_loss:9 train_time:1ms step_avg:1ms
 ====================================================================================================
@@ -184,6 +194,7 @@ def test_a_label_that_says_less_than_the_lines_before_it(before, label, stage, t
         ("ngram_cache: hits=9/10 alpha=0.2 buckets=4", "C2", "n-gram cache"),
         ("ngram_tilt:precompute n_tok=9 base_beta=2.0 within_beta=0.5", "C2", "target's class"),
         ("prequant_ttt:epoch 1/2 loss:1.9 time:19.4s", "C3", "validation tokens"),
+        ("train_loader:dataset:fineweb10B_sp1024_valonly train_shards:1", "C3", "validation text"),
     ],
 )
 def test_what_lines_before_a_score_say_of_it(line, breaks, words, tmp_path):
@@ -198,7 +209,12 @@ def test_hints_without_gates_on_the_target_and_what_is_only_not_known(tmp_path):
     score = "final_int6_sliding_window val_loss:1.4 val_bpb:0.8 stride:64 eval_time:5000ms\n"
     text = "ngram_tilt:precompute n_tok=9 base_beta=2.0 within_beta=0.0 agree_bonus=0.1\n"
     assert one(tmp_path, text + score).score.causal is True
-    for line in ("Paid prefix blob: 47 bytes", "  Logistic context mixer enabled: eta=0.1"):
+    for line in (
+        "Paid prefix blob: 47 bytes",
+        "  Logistic context mixer enabled: eta=0.1",
+        "ttt:start lr=0.002 momentum=0.9 epochs=3\nttt_epoch:1/3 loss:1.9 time:14.5s\nttt:done elapsed=43.1s",
+        "ttt:rank0 short=2 long=3 epochs=3 batch=64",
+    ):
         result = one(tmp_path, line + "\n" + score).score
         assert result.causal is None and result.how
 
@@ -213,6 +229,27 @@ final_int6_sliding_window_exact val_loss:0.71000000 val_bpb:1.03000001 eval_time
     assert list(log.results) == ["ppm"] and log.score.causal is False and log.score.breaks == "C2"
     assert math.isnan(log.score.val_loss) and len(log.mislabelled) == 2
     assert "legal_ttt_exact 1.03000001 is the score of ppm, not of a ttt" in log.mislabelled[0]
+
+
+def test_ttt_under_the_label_of_a_roundtrip(tmp_path):
+    text = """step:9/9 val_loss:2.4 val_bpb:1.4 train_time:90ms
+final_int8_zlib_roundtrip val_loss:2.2 val_bpb:1.3 eval_time:1000ms
+final_int8_zlib_roundtrip_base val_loss:2.20000001 val_bpb:1.30000001
+final_int8_zlib_roundtrip_ttt val_loss:2.1000 val_bpb:1.2000 eval_time:5000ms
+final_int8_zlib_roundtrip_exact val_loss:2.10000001 val_bpb:1.20000001
+"""
+    log = one(tmp_path, text)
+    assert log.results["roundtrip"].val_bpb == 1.30000001
+    assert (log.results["ttt"].val_bpb, log.results["ttt"].seconds) == (1.20000001, 5)
+    text = """step:9/9 val_loss:2.4 val_bpb:1.4 train_time:90ms
+ttt_sliding:start chunks=9 stride=64
+ttt_sliding:done val_loss=2.100001 val_bpb=1.200001 elapsed=5.0s
+final_int6_roundtrip val_loss:2.1000 val_bpb:1.2000 eval_time:5000ms
+final_int6_roundtrip_exact val_loss:2.10000100 val_bpb:1.20000100
+"""
+    log = one(tmp_path, text)
+    assert list(log.results) == ["ttt"] and log.score.val_bpb == 1.200001 and log.finished
+    assert len(log.mislabelled) == 1
 
 
 def test_several_runs_in_a_file_are_a_row_each(tmp_path, capsys):
@@ -256,31 +293,42 @@ trained_validation_exact val_loss:8.50000000 val_bpb:9.80000000
 """
     log = one(tmp_path, text)
     assert log.validation[-1][:3] == (2, 8.5, 9.8) and log.averaged.val_bpb == 9.8
-    log = one(
-        tmp_path, "step:500/999 val_bpb:1.7 *BEST* tokens:3M elapsed:78s\nFINAL val_bpb: 1.6\n"
-    )
+    text = "step:500/999 val_bpb:1.7 *BEST* tokens:3M elapsed:78s\nFINAL val_bpb: 1.6\n"
+    log = one(tmp_path, text)
     assert (log.steps, log.train_seconds, log.score.val_bpb) == (500, 78, 1.6)
     assert log.score.causal is None and math.isnan(log.score.val_loss)
-    log = one(
-        tmp_path,
-        "=== Validation ===\n  val_loss: 5.4\n  val_bpb:  3.2\n\n  Total artifact: 8,853,380 bytes\n\n  val_bpb: 3.2\n",
-    )
-    assert (log.score.val_loss, log.score.val_bpb, log.total_bytes) == (5.4, 3.2, 8853380)
-    log = one(
-        tmp_path,
-        "step:6/9 val_loss:2.4 val_bpb:3.5 est_bpb:1.4 train_time:5ms\nfinal val_loss:2.4 val_bpb:1.45 eval_time:9ms\n",
-    )
+    text = "step:6/9 val_loss:2.4 val_bpb:3.5 est_bpb:1.4 train_time:5ms\nfinal val_loss:2.4 val_bpb:1.45\n"
+    log = one(tmp_path, text)
     assert (log.prequant.val_bpb, log.score.label, log.score.val_bpb) == (3.5, "final", 1.45)
-    log = one(
-        tmp_path,
-        'config: {"seed": 9, "lr": 0.5}\nstep:6/9 val_loss:2.4 val_bpb:1.5 train_time:5ms\n',
+    log = one(tmp_path, "iter 5: train loss 2.5, val loss 2.6\n")
+    assert log.validation[0][:2] == (5, 2.6) and log.prequant is None and log.steps == 5
+    text = "step:1/9 fitness:-3.0 t:5ms\nstep:2/9 val_loss:2.4 val_bpb:1.5 train_time:5ms\n"
+    assert one(tmp_path, text).steps == 2
+
+
+def test_a_score_without_its_loss_or_on_lines_of_its_own(tmp_path):
+    text = (
+        "  val_loss: 5.4\n  val_bpb:  3.2\n\n  Total artifact: 8,853,380 bytes\n\n  val_bpb: 3.2\n"
     )
-    assert (log.seed, log.settings["lr"], log.score) == (9, "0.5", None)
-    log = one(
-        tmp_path,
-        "{'seed': 8}\nstep:1/9 fitness:-3.0 t:5ms\nstep:2/9 val_loss:2.4 val_bpb:1.5 train_time:5ms\n",
-    )
-    assert (log.seed, log.steps) == (8, 2)  # fmt: skip
+    log = one(tmp_path, "=== Validation ===\n" + text)
+    assert (log.score.val_loss, log.score.val_bpb, log.total_bytes) == (5.4, 3.2, 8853380)
+    text = """raw_model:99 code:7 total:106
+int8_zlib:30 code:7 total:37 payload_ratio:3.5x
+final_roundtrip val_loss:2.4 val_bpb:1.5 eval:3000ms
+final_roundtrip_exact val_bpb:1.50000001
+"""
+    log = one(tmp_path, text)
+    assert (log.total_bytes, log.code_bytes, log.score.val_bpb) == (37, 7, 1.50000001)
+    assert (log.score.val_loss, log.score.seconds, log.trained) == (2.4, 3, False)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['config: {"seed": 9, "lr": 0.5}', "{'seed': 9, 'lr': 0.5}", "seed=9 lr=0.5", "seed:9 lr:0.5"],
+)
+def test_settings_of_other_forms(line, tmp_path):
+    log = one(tmp_path, line + "\nstep:6/9 val_loss:2.4 val_bpb:1.5 train_time:5ms\n")
+    assert (log.seed, log.settings["lr"]) == (9, "0.5")
 
 
 def test_a_line_about_a_score_that_is_not_one_is_none(tmp_path):
@@ -352,6 +400,22 @@ def test_a_last_line_without_an_end_counts_if_it_is_whole(tmp_path):
     ):
         log = one(tmp_path, first + last)
         assert bool(log.results) == whole and log.broken == (not whole), last
+
+
+def test_no_damage_to_a_log_is_a_traceback(tmp_path, capsys):
+    rng = random.Random(0)
+    odd = b"0123456789.:-/ \n\rnaife\xff[]{}"
+    for _ in range(150):
+        text = bytearray(rng.choice((CLARK, TERNARY)).encode())
+        for _ in range(rng.choice((1, 9, 60))):
+            at = rng.randrange(len(text))
+            new = rng.choice(
+                (b"", bytes([rng.choice(odd)]), b"nan", b"1e999", b"9" * 30, text[:40])
+            )
+            text[at : at + rng.choice((0, 1, 1, 30))] = new
+        (tmp_path / "a.log").write_bytes(text)
+        assert report.main([str(tmp_path / "a.log")]) in (0, 2)
+        assert report.main(["--board", str(tmp_path), "--html", str(tmp_path / "b")]) in (0, 2)
 
 
 def test_the_tables_rows_can_be_told_apart():

@@ -35,27 +35,38 @@ class Stage:
 
 PLAIN = "by its stage's name"
 OWN_LABEL = "by the label in its own log"
+NAMELESS = "its label says no stage"
+SILENT = "its stage's name does not say"
 TOLD = "scores first, by its stage's name"
 STAGE_TABLE = (  # the first row whose pattern is in the label (in lower case) counts
     Stage(
         "averaged",
         "float",
-        r"^final_float|post[-_ ]?(ema|swa|sdttt)|pre[-_ ]?quant|unquanti|trained_validation|^ema\b|^raw",
+        r"^final_float|post[-_ ]?(train_\w*|ema|swa|sdttt)|selected_final_weights|pre[-_ ]?quant|unquanti|trained_validation|^ema\b|^raw",
         YES,
         PLAIN,
     ),
     Stage("ttt_slot", "TTT+SLOT", r"ttt.*slot|slot.*ttt", NO, PLAIN, "C1,C2,C3"),
-    Stage("slot", "SLOT", r"slot", NO, PLAIN, "C1,C2,C3"),  # every published form: docs/slot.md
+    Stage(
+        "slot", "SLOT", r"(causal|context|legal)\w*slot", UNKNOWN, "SLOT that claims to be causal"
+    ),
+    Stage("slot", "SLOT", r"slot", NO, PLAIN, "C1,C2,C3"),  # docs/slot.md
     Stage("ttt_ctw", "TTT+CTW", r"ttt.*ctw", YES, TOLD),
     Stage("ctw", "CTW", r"ctw", YES, PLAIN),
     Stage("ppm", "byte mixture", r"ppm|byte[-_ ]?mix|mix_bpb", NO, PLAIN, "C2"),  # #1905
     Stage("ngram", "n-gram cache", r"n-?gram|_cache|backoff|oracle", NO, PLAIN, "C2"),  # #886
-    Stage("etlb", "logit bias", r"etlb", UNKNOWN, "its stage's name does not say"),
+    Stage("etlb", "logit bias", r"etlb", UNKNOWN, SILENT),
     Stage("ttt_phased", "phased TTT", r"phased", YES, TOLD),
     Stage("ttt_lora", "LoRA TTT", r"^(quantized_|final_int8_|final_)ttt_lora$", YES, TOLD),
-    Stage("ttt_lora", "LoRA TTT", r"lora", UNKNOWN, "its stage's name does not say"),
-    Stage("ttt", "TTT", r"^(legal_|quantized_|final_int\d_)ttt$|ttt_sliding", YES, TOLD),
-    Stage("ttt", "TTT", r"ttt|test[-_ ]time", UNKNOWN, "its stage's name does not say"),
+    Stage("ttt_lora", "LoRA TTT", r"lora", UNKNOWN, SILENT),
+    Stage(
+        "ttt",
+        "TTT",
+        r"^(quantized_|final_int\d_)ttt$|ttt_sliding|(causal|legal|score_?first)_?ttt",
+        YES,
+        TOLD,
+    ),
+    Stage("ttt", "TTT", r"ttt|test[-_ ]time", UNKNOWN, SILENT),
     Stage("sliding_window", "sliding", r"sliding|stride|slide", YES, PLAIN),
     Stage("temped", "tempered", r"temped|temperature", YES, PLAIN),
     Stage("roundtrip", "roundtrip", r"round[-_ ]?trip|quantized|quantised", YES, PLAIN),
@@ -106,6 +117,7 @@ class Reading:
     verdict: tuple = (YES, "", "")  # causal, breaks, how: what a line says of all scores after it
     loss: float = math.nan  # that stands in a line of its own
     seconds: float | None = None  # of the next score, whose own line may not say it
+    done: float = math.nan  # bits a byte at the end of TTT: the next score, under any label
     block: bool = False  # within a block of settings, one a line
     source: bool = False  # within the source of the script
 
@@ -232,7 +244,9 @@ def setting(reading, found, line):
 
 
 def dictionary(reading, found, line):
-    """Settings as a dictionary of Python or JSON."""
+    """Settings as a dictionary of Python or JSON; below the first step it is something else."""
+    if reading.log.last_step or reading.log.results:
+        return
     try:
         told = json.loads(found["text"])
     except ValueError:
@@ -252,8 +266,12 @@ def header(reading, found, line):
     if log.style == "this script":
         return
     told = fields(line)
-    for name, field in (("world_size", "world_size"), ("train_batch_tokens", "batch_tokens")):
-        if told.get(name, "").isdigit():
+    for name, field in (
+        ("seed", "seed"),
+        ("world_size", "world_size"),
+        ("train_batch_tokens", "batch_tokens"),
+    ):
+        if re.fullmatch(r"\d{1,12}", told.get(name, "")):
             setattr(log, field, int(told[name]))
     log.settings |= {name: value for name, value in told.items() if name != "seed"}
 
@@ -272,6 +290,11 @@ def took(reading, found, line):
     reading.seconds = seconds(found["time"])
 
 
+def end_ttt(reading, found, line):
+    """TTT has ended; its score comes next, under any label."""
+    reading.done = float(found["bpb"])
+
+
 def begin_phased(reading, found, line):
     """Phased TTT begins."""
     reading.log.started.add("ttt_phased")
@@ -281,7 +304,7 @@ def prequant_ttt(reading, found, line):
     """Training on validation tokens before quantising."""
     log = reading.log
     log.prequant_ttt = True
-    spent = re.search(r"(?:elapsed=|seconds:|time:)([\d.]+)", line)
+    spent = re.search(r"(?:elapsed=|seconds:|time[:=]|done in )([\d.]+)", line)
     if spent:
         log.prequant_seconds = max(log.prequant_seconds, float(spent[1]))
 
@@ -326,8 +349,8 @@ def validation(reading, found, line):
     log, step = reading.log, int(found["step"])
     log.iterations = int(found["total"]) if found.get("total") else log.iterations
     spent = milliseconds(found["time"]) if found.get("time") else math.nan
-    loss = float(found["loss"]) if found.get("loss") else math.nan
-    log.validation.append((step, loss, float(found["bpb"]), spent))
+    loss, bpb = (float(found[n]) if found.get(n) else math.nan for n in ("loss", "bpb"))
+    log.validation.append((step, loss, bpb, spent))
     log.last_step = max(log.last_step, step)
 
 
@@ -342,7 +365,7 @@ def lone_score(reading, found, line):
     known = [*reading.log.results.values(), *reading.log.extra]
     if not any(abs(r.val_bpb - bpb) < 6e-5 for r in known):  # a summary repeats a score
         label = "final" if found.get("final") else "val_bpb"
-        keep(reading, Result(label, label, reading.loss, bpb, how="its label says no stage"))
+        keep(reading, Result(label, label, reading.loss, bpb, how=NAMELESS))
     reading.loss = math.nan
 
 
@@ -369,10 +392,10 @@ def score(reading, found, line):
     result = Result(
         "",
         label,
-        float(found["loss"]),
+        float(found.get("loss") or math.nan),
         float(found["bpb"]),
         next(
-            (s for n in ("eval_time", "time", "elapsed") if (s := spent(told.get(n)))),
+            (s for n in ("eval_time", "time", "eval", "elapsed") if (s := spent(told.get(n)))),
             reading.seconds,
         ),
         {"yes": YES, "no": NO}.get(told.get("causal")),
@@ -380,7 +403,9 @@ def score(reading, found, line):
         *(whole(told.get(name)) for name in ("tokens", "bytes")),
         whole(told.get("stride") or told.get("eval_stride")),
     )
-    twin = reading.last if base == reading.base and near(reading.last, result, 6e-5) else None
+    exact = label != bare(label) and reading.base.startswith(base)
+    same = base == reading.base or exact  # the exact line may leave out what the short one says
+    twin = reading.last if same and near(reading.last, result, 6e-5) else None
     if twin:
         result.stage, result.how = twin.stage, twin.how
         result = dataclasses.replace(result, causal=twin.causal, breaks=twin.breaks)
@@ -392,7 +417,7 @@ def score(reading, found, line):
     else:
         name_stage(reading, result, base, told)
     reading.base, reading.last = base, result
-    reading.mode, reading.seconds = "", None
+    reading.mode, reading.seconds, reading.done = "", None, math.nan
 
 
 def spent(text):
@@ -413,49 +438,50 @@ def near(one, other, digits):
 
 
 def name_stage(reading, result, base, told):
-    """Find which stage a score is of, and keep it there."""
-    log, label = reading.log, result.label
+    """Find which stage a score is of and whether it is causal, and keep it."""
+    log = reading.log
     own = log.style == "this script"
+    key = base.removeprefix("final_").removeprefix("artifact_")
     if result.causal is not None:
         result.how = OWN_LABEL
-    key = base.removeprefix("final_").removeprefix("artifact_")
     if own and key in STAGES:
         result.stage = key
     else:
-        mode = told.get("eval_mode") or reading.mode
-        # a word about how a score is made belongs to a label that says no more than roundtrip
-        plain = stage_of(label)
-        name = f"{label} {mode}" if mode and plain and plain.key == "roundtrip" else label
-        stage = stage_of(name)
-        result.stage = stage.key if stage else key
-        if result.causal is None:
-            known = (stage.causal, stage.breaks, stage.how) if stage else ("", "", "")
-            result.causal, result.breaks, result.how = known
-            if not stage:
-                result.causal, result.how = UNKNOWN, "its label says no stage"
-        if base.startswith("legal_ttt"):
-            result.stage = reading.method
-            if result.stage == "ttt_slot":
-                result.causal, result.breaks, result.how = NO, "C1,C2,C3", PLAIN
-        if name != label:
-            log.mislabelled.append(
-                f"{label} {result.val_bpb:.8g} is a score of {result.stage}, as lines before it say"
-            )
+        look_up(reading, result, key, told)
     if not own:
         weigh(reading, result)
-    if label.startswith("post-prequant"):
-        result.stage = "averaged"
     if result.stage == "averaged":
         log.averaged = result
         return
-    log.lines.append(label)
-    if label != bare(label) and same_score(log, result):
+    log.lines.append(result.label)
+    if result.label != bare(result.label) and same_score(log, result):
         return
-    if label.startswith("final_int8_zlib") and "roundtrip" not in log.results and not own:
+    if base.startswith("final_int8_zlib") and "roundtrip" not in log.results and not own:
         log.style = "baseline"
     if result.stage == "slot" and "steps" in told and log.style == "lineage":
         log.settings |= {"slot_steps": told["steps"], "slot_lr": told.get("lr")}
     keep(reading, result)
+
+
+def look_up(reading, result, key, told):
+    """Give a score the stage that its label has in the table, else the label itself; and what is known of that stage."""
+    plain, mode = stage_of(result.label), told.get("eval_mode") or reading.mode
+    if abs(reading.done - result.val_bpb) < 6e-5:
+        mode = reading.method
+    # lines before a label that says no more than roundtrip may say how the score was made
+    said = bool(mode) and plain is not None and plain.key == "roundtrip"
+    stage = stage_of(f"{result.label} {mode}") if said else plain
+    if key.startswith("legal_ttt"):  # of TTT in any form
+        stage = next(s for s in STAGE_TABLE if s.key == reading.method)
+    result.stage = stage.key if stage else key
+    if result.causal is None and stage:
+        result.causal, result.breaks, result.how = stage.causal, stage.breaks, stage.how
+    elif result.causal is None:
+        result.how = NAMELESS
+    if said:
+        reading.log.mislabelled.append(
+            f"{result.label} {result.val_bpb:.8g} is a score of {result.stage}, as lines before it say"
+        )
 
 
 def weigh(reading, result):
@@ -496,6 +522,7 @@ def merge(old, new):
         return new
     return dataclasses.replace(
         new,
+        val_loss=old.val_loss if math.isnan(new.val_loss) else new.val_loss,
         seconds=new.seconds if new.seconds is not None else old.seconds,
         stride=new.stride or old.stride,
         label=old.label,
@@ -511,16 +538,15 @@ def byte_mixture(reading, found, line):
 
 
 SCORE = rf"val(?:idation)?_loss[:=] ?(?P<loss>{N})\b.*?\bval(?:idation)?_bpb[:=] ?(?P<bpb>{N})"
-STEP = r"\s*(?=[Ss]tep[:= ]|\d+/\d)(?:[Ss]tep[:= ]\s*)?(?P<step>\d+)(?:/(?P<total>\d+))?"
+STEP = r"\s*(?=(?:[Ss]tep|iter)[:= ]|\d+/\d)(?:(?:[Ss]tep|iter)[:= ]\s*)?(?P<step>\d{1,12})(?:/(?P<total>\d{1,12}))?(?!\d)"
 HASHED = judge(NO, "C2", "an n-gram cache, by a line of its log")
 FITTED = judge(UNKNOWN, "", "a fitted temperature; the log does not say on which text")
 MIXED = judge(UNKNOWN, "", "mixes in other predictors; the log does not show that they sum to one")
+FIRST = judge(UNKNOWN, "", "TTT before the scores; the log does not say on which text")
+EPOCHS = judge(UNKNOWN, "", "TTT of several epochs; the log does not say whether it scores first")
+VALIDATION = judge(NO, "C3", "trained on the validation text, by the name of its data")
 PAID = judge(UNKNOWN, "", "a paid prefix: validation text is in the artifact, by a line of its log")
-SHOWN = judge(
-    NO,
-    "C2",
-    "n-gram hints that may read their target's class, by a line of its log",  # #1145, #1302
-)
+GATED = judge(NO, "C2", "n-gram hints that read their target's class, by a line of its log")
 LINES = tuple(  # the first row that matches a whole line from its beginning counts
     (re.compile(pattern), meaning)
     for pattern, meaning in (
@@ -531,11 +557,15 @@ LINES = tuple(  # the first row that matches a whole line from its beginning cou
         # training: this script's, the baseline's and the lineage's, #1394's, the ternary ones', others'
         (rf"{STEP} (?:\S+ )*?{SCORE}(?:.*?train_time: ?(?P<time>{TIME}))?", validation),
         (
-            rf"{STEP}.*?val(?:idation)?[_ ]bpb[:=] ?(?P<bpb>{N})(?:.*?(?:elapsed|time)[:=] ?(?P<time>{TIME}))?",
+            rf"{STEP}\b.*?\b[Vv]al(?:idation)?[_ ]bpb[:= ] ?(?P<bpb>{N})(?:.*?(?:elapsed|time)[:=] ?(?P<time>{TIME}))?",
             validation,
         ),
         (
-            rf"{STEP}[ :|].*?(?:train_)?loss[:=] ?(?P<loss>{N})(?:.*?\b(?:train_time|t|time|elapsed)[:=] ?(?P<time>{TIME}))?",
+            rf"{STEP}\b.*?\b[Vv]al(?:idation)?[_ ]loss[:= ] ?(?P<loss>{N})(?:.*?(?:elapsed|time)[:=] ?(?P<time>{TIME}))?",
+            validation,
+        ),
+        (
+            rf"{STEP}[ :|].*?(?:train_)?loss[:= ] ?(?P<loss>{N})(?:.*?\b(?:train_time|t|time|elapsed)[:=] ?(?P<time>{TIME}))?",
             training,
         ),
         (
@@ -544,7 +574,7 @@ LINES = tuple(  # the first row that matches a whole line from its beginning cou
         ),
         (r"training steps:(?P<steps>\d+) .*train_time:(?P<train_seconds>\d+ms)$", note),
         (r"step:\d+/\d+ (?:train|val)_loss\b", broken),
-        (r"[Ss]tep[:= ]\s*(?P<step>\d+)\b(?:/(?P<total>\d+))?", other_step),
+        (r"[Ss]tep[:= ]\s*(?P<step>\d{1,12})\b(?:/(?P<total>\d{1,12}))?", other_step),
         # what was trained, by whom
         (r"seed: ?(?P<seed>\d+)\b", header),
         (r"model_params: ?(?P<parameters>[\d,]+)", header),
@@ -560,28 +590,33 @@ LINES = tuple(  # the first row that matches a whole line from its beginning cou
         (rf"\s*(?P<final>FINAL |[Ff]inal )?val_bpb: +(?P<bpb>{N})$", lone_score),
         (r" {2}(?P<name>\w+): ?(?P<value>.*)", setting),
         (r"(?:\w+[:=]? ?)?(?P<text>\{.{2,}\})$", dictionary),
+        (r"train_loader:dataset:\S*val_?only", VALIDATION),
         # sizes
         (r"\s*Code size(?: \(compressed\))?: ?(?P<code_bytes>[\d,]+) bytes", note),
         (r"Code size \(uncompressed\): ?(?P<source_bytes>[\d,]+) bytes", note),
+        (r"\w+:\d+ code:(?P<code_bytes>\d+) total:(?P<total_bytes>\d+)\b", note),
         (r"Raw model: .* Code: (?P<code_bytes>[\d,]+) bytes", note),
         (r"artifact:\S+ .*\bcode:(?P<code_bytes>\d+)", note),
         (r".*= ?(?P<rounded_bytes>\d+\.\d+)/16\.00MB\b", note),
         (r"budget:(?P<total_bytes>\d+)/16000000\b", note),
         (
-            r".*?(?:[Tt]otal|TOTAL) (?:[Ss]ubmission|[Aa]rtifact)(?: size)?\b[^:]*: ?(?P<total_bytes>[\d,]+) ?(?:bytes|B)\b",
+            r".*?(?:[Tt]otal|TOTAL)[ _](?:[Ss]ubmission|[Aa]rtifact)(?: size)?(?![a-z])[^:]*: ?(?P<total_bytes>[\d,]+) ?(?:bytes|B)\b",
             note,
         ),
         # evaluation
         (r"eval_total .*eval_time:(?P<eval_seconds>\d+ms)", finished),
-        (r"ttt(?:_sliding)?:start\b", begin_ttt),
+        (r"ttt_sliding:start\b|ttt:start chunks=", begin_ttt),
+        (r"ttt:start\b|ttt_epoch:", FIRST),
+        (r"ttt:.*\bepochs=(?:[2-9]|\d\d)", EPOCHS),
+        (rf"ttt(?:_sliding)?:done .*val_bpb=(?P<bpb>{N})", end_ttt),
         (r"ttt_phased: ", begin_phased),
         (rf"ttt:completed .*time:(?P<time>{TIME})", took),
         (r"(?:prequant_ttt|pre_quant_ttt|pre-quant ttt)\b", prequant_ttt),
-        (r".*\bstarting sliding window eval", next_score("sliding")),
+        (r".*\b[Ss]tarting sliding window eval", next_score("sliding")),
         (r"final_eval_mode:sliding_window", next_score("sliding")),
         (r" +sliding_eval \[", next_score("sliding")),
-        (r"ngram_cache\b|ngram_eval\b", HASHED),
-        (r"ngram_tilt:(?!.*within_beta=0\.0\b)", SHOWN),
+        (r"ngram_cache:|ngram_eval:", HASHED),
+        (r"ngram_tilt:(?!.*within_beta=0\.0\b)", GATED),  # #1145, #1302
         (r".*[Cc]ontext mixer enabled", MIXED),
         (r"Paid prefix", PAID),
         (r"temp_scaling optimal_T:(?!1\.00\b)", FITTED),
@@ -592,6 +627,7 @@ LINES = tuple(  # the first row that matches a whole line from its beginning cou
         ),
         (r"ablate_", nothing),  # one artifact, evaluated in many ways
         (rf"(?P<label>[A-Za-z][^|]{{0,60}}?) ?\b{SCORE}", score),
+        (rf"(?P<label>\w*(?:final|_exact)\S*) (?:\w+[:=]\S+ )*?val_bpb[:=] ?(?P<bpb>{N})", score),
         # how it ended
         (r"resuming from|Resuming from", resumed),
         (r"stopped by", stopped),
@@ -603,10 +639,8 @@ HEADER = re.compile(r"\w+[:=]\S")  # settings, if before the first step
 SOURCE = re.compile(  # a line that only source has
     r"(?:from __future__ import|import \w+(?:, ?\w+)*$|from [\w.]+ import |#!/usr/bin/|\"\"\"|'''|@\w+|def \w+\(|class \w+\b.*:$)"
 )
-BELOW_SOURCE = (
-    re.compile(  # a line that only a log has: the source has ended, though nothing ruled it off
-        r"logs/\S+\.txt$|Running P(?:ython|yTorch) \d|val_bpb:enabled|train_loader:dataset"
-    )
+BELOW_SOURCE = re.compile(  # a line that only a log has: nothing ruled the source off
+    r"logs/\S+\.txt$|Running P(?:ython|yTorch) \d|val_bpb:enabled|train_loader:dataset"
 )
 
 
@@ -636,12 +670,12 @@ def take(reading, line):
         header(reading, {}, line)
 
 
-PACKAGE = r"(?:-[-\w].*|[A-Za-z][\w.\[\]-]* *(?:[=<>~!]=.*|@ .*)?)"
+PACKAGE = r"(?:-[-\w].*|[A-Za-z][\w.\[\]-]*(?: *[=<>~!]=.*| *@ .*)?)"
 KINDS = tuple(  # what a text is that is no training log: the first row found in it counts
     (re.compile(pattern, re.M), what)
     for pattern, what in (
         (
-            rf"\A(?=(?s:.*)(?:[=<>~!]=|^(?:torch|numpy|sentencepiece)\b))(?:(?:#.*|{PACKAGE})?\s*(?:\n|\Z))+\Z",
+            rf"\A(?=(?s:.*)(?:[=<>~!]=|^(?:torch|numpy|sentencepiece)\b))(?:(?:#.*|{PACKAGE})?[ \t\r]*\n)*(?:{PACKAGE})?\Z",
             "a list of packages",
         ),
         (r"\A\s*[{\[](?s:.*)[}\]]\s*\Z", "JSON"),
@@ -660,6 +694,7 @@ KINDS = tuple(  # what a text is that is no training log: the first row found in
             r"^Traceback \(most recent call last\)|ChildFailedError|^\w+Error: ",
             "a run that ended with an error before its first figure",
         ),
+        (r"^(?:val_progress|warmup_step): ?\d", "a run that ended before its first figure"),
         (r"\A\$ ", "what a command said"),
         (r"\A(?:import |from \w+ import|#!/usr/bin|\"\"\")", "source"),
     )

@@ -5,7 +5,9 @@ Two hundred megabytes take seconds and little memory: the lines that a log has m
 """
 
 import array
+import codecs
 import dataclasses
+import io
 import re
 from pathlib import Path
 
@@ -16,14 +18,18 @@ from tools.lines import PLAIN, STAGES, Reading, Result, kind, take
 __all__ = ["STAGES", "Log", "LogError", "NoLog", "Result", "read_log", "read_logs"]
 
 BLOCK = 1 << 22  # bytes looked at in one go
+HEAD = 1 << 16  # bytes by which a file that is no log is known
+LARGE = 64_000_000  # bytes of a file in UTF-16 that are still read
+UTF8, UTF16 = codecs.BOM_UTF8, (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 LINE = 20_000  # a longer line is no line of a log
 PREFIX = rb"(?:\[\w+\]:? ?|\x1b\[[0-9;]*m|\d{10}\.\d{3} |\[?\d\d:\d\d:\d\d\]? |\[?\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,\dZ]*\]? (?:- )?(?:\[?INFO\]?:? )?(?:- )?)*"
 OPENS = re.compile(PREFIX).match  # torchrun --tee, colours, times
-STEP = rb"step:(\d+)/\d+ train_loss:(-?[\d.]+|-?inf|nan) train_time:(\d+)ms"
+NUMBER = rb"(-?\d+(?:\.\d+)?|-?inf|nan)"
+STEP = rb"step:(\d{1,12})/\d+ train_loss:" + NUMBER + rb" train_time:(\d+)ms"
 TRAIN, TRAIN_BEHIND = re.compile(STEP).match, re.compile(PREFIX + STEP).match
-CHUNK = re.compile(PREFIX + rb" *ttt_chunk \[(\d+)/(\d+)\] bpb=([\d.]+|inf|nan) time=").match
+CHUNK = re.compile(PREFIX + rb" *ttt_chunk \[(\d+)/(\d+)\] bpb=" + NUMBER + rb" time=").match
 BEGINS = re.compile(  # the first lines of a run
-    r"settings: |seed: ?\d+$|(?:-+ )?Hyperparameters:?(?: -+)?$|Running P(?:ython|yTorch) \d|logs/\S+\.txt$|(?:step:)?[01]/\d+ (?:val|train)_loss:"
+    r"settings: |seed: ?\d+$|(?:-+ )?Hyperparameters:?(?: -+)?$|Running P(?:ython|yTorch) \d|logs/\S+\.txt$|(?:step:)?(?P<step>[01])/\d+ (?:val|train)_loss:"
 )
 WHOLE = re.compile(  # a last line without an end that cannot have been cut off
     rb"(val_bpb:\d+\.\d{8}|\d+ms|\d bytes|\d s|\ds|FITS|\))\r?$"
@@ -170,8 +176,11 @@ class Runs:
                 self.training(found)
             elif b"ttt_chunk [" in line and (found := CHUNK(line)):
                 self.chunks.extend(map(float, found.groups()))
-            elif line and len(line) <= LINE:
-                self.line(line[OPENS(line).end() :].decode(errors="replace").rstrip("\r\n"))
+            elif line:
+                # of a bar of progress that was written over only the end is of use
+                line = line.rstrip(b"\r").rsplit(b"\r", 1)[-1]
+                if len(line) <= LINE:
+                    self.line(line[OPENS(line).end() :].decode(errors="replace"))
         self.reading.log.progress = progress.decode(errors="replace") or self.reading.log.progress
 
     def training(self, found):
@@ -186,11 +195,8 @@ class Runs:
 
     def line(self, text):
         """Take in a line that is not one of many."""
-        text = text.rsplit("\r", 1)[-1]  # a bar of progress that was written over
         begins = not self.reading.source and BEGINS.match(text)
-        if begins and self.again(
-            int(text.removeprefix("step:")[0] == "1" if "loss" in text else 0)
-        ):
+        if begins and self.again(int(begins["step"] or 0)):
             self.end()
             self.begin()
         self.reading.log.last_step = max(self.reading.log.last_step, int(self.step))
@@ -217,37 +223,17 @@ def read_logs(path, most=None):
                 f"{path}: has {size / 1e6:,.0f} MB, not read: logs of a board have at most {most / 1e6:,.0f} MB"
             )
         with open(path, "rb") as file:
-            head = file.read(1 << 16)
-            if not head:
-                raise NoLog(f"{path}: is empty")
-            if b"\0" in head:
-                raise LogError(f"{path}: is binary, no log")
-            file.seek(max(len(head), size - len(head)))
-            tail = file.read(len(head))
-            file.seek(0)
-            left = b""
-            while block := file.read(BLOCK):
-                block = left + block
-                cut = block.rfind(b"\n") + 1
-                runs.lines(block[:cut])
-                left = block[cut:] if len(block) - cut < BLOCK else b""  # no line of a log
-            digits = PAIR.search(left)
-            if WHOLE.search(left) or (digits and len(digits[1]) == len(digits[2])):
-                runs.lines(left)
-            elif left and runs.broken(left):
-                runs.reading.log.broken += 1
-        runs.end()
+            ends = read_lines(file, size, runs)
     except OSError as why:
         raise LogError(f"{path}: {why.strerror}") from None
-    except ValueError as why:
-        raise LogError(f"{path}: has a number that is none: {str(why)[:80]}") from None
+    runs.end()
     logs = [
         log
         for k, log in enumerate(runs.done)
         if not any(copied(log, later) for later in runs.done[k + 1 :])
     ]
     if not logs:
-        what = kind(b"\n".join((head, tail)).decode(errors="replace"))
+        what = kind(ends.decode(errors="replace"))
         if what:
             raise NoLog(f"{path}: is {what}, no training log")
         raise LogError(f"{path}: has no line of a training log")
@@ -255,6 +241,35 @@ def read_logs(path, most=None):
         log.run = number if len(logs) > 1 else 0
         finish(log)
     return logs
+
+
+def read_lines(file, size, runs):
+    """Give the lines of a file to runs; the beginning and the end of it, to see what it is if it is no log. Raises LogError, NoLog."""
+    head = file.read(HEAD)
+    if not head:
+        raise NoLog(f"{runs.path}: is empty")
+    if head.startswith(UTF16) and size < LARGE:  # what PowerShell writes
+        text = (head + file.read()).decode("utf-16", errors="replace").encode()
+        file = io.BytesIO(text)
+        head = text[:HEAD]
+    if b"\0" in head:
+        raise LogError(f"{runs.path}: is binary, no log")
+    end = file.seek(0, io.SEEK_END)
+    file.seek(max(len(head), end - HEAD))
+    tail = file.read()
+    file.seek(len(UTF8) if head.startswith(UTF8) else 0)
+    left = b""
+    while block := file.read(BLOCK):
+        block = left + block
+        cut = block.rfind(b"\n") + 1
+        runs.lines(block[:cut])
+        left = block[cut:] if len(block) - cut < BLOCK else b""  # no line of a log
+    digits = PAIR.search(left)
+    if WHOLE.search(left) or (digits and len(digits[1]) == len(digits[2])):
+        runs.lines(left)
+    elif left and runs.broken(left):
+        runs.reading.log.broken += 1
+    return head + b"\n" + tail
 
 
 def copied(one, other):
@@ -281,7 +296,8 @@ def finish(log):
     identify(log)
     if log.validation:
         step, loss, bpb, ms = log.validation[-1]
-        log.prequant = Result("prequant", "step", loss, bpb, how=PLAIN)
+        if bpb == bpb:
+            log.prequant = Result("prequant", "step", loss, bpb, how=PLAIN)
         log.steps = step if log.steps is None else log.steps
         if log.train_seconds is None and ms == ms:
             log.train_seconds = ms / 1000
