@@ -89,6 +89,8 @@ def test_clarks_style(tmp_path):
         ("final_int8_ttt_lora val_loss:2.3 val_bpb:1.17 eval_time:6000ms", "ttt_lora", 1.17, 6, True),
         ("sgd_ttt param_set:all lr:0.1 cache:True val_loss:2.3 val_bpb:1.16 time:5000ms\nsgd_ttt_exact val_loss:2.30000000 val_bpb:1.16000000", "ttt", 1.16, 5, None),
         ("final_int6_sliding_window_ngram9 val_loss:0.9 val_bpb:0.5 eval_time:4000ms", "ngram", 0.5, 4, False),
+        ("ttt:score-first-sgd val_loss:2.4 val_bpb:1.2 eval_time:2000ms", "ttt", 1.2, 2, True),
+        ("turbo_ttt val_loss:2.4 val_bpb:1.2 eval_time:2000ms", "ttt", 1.2, 2, None),
         ("quantized_slot val_loss:1.9 val_bpb:0.9 eval_time:3000ms", "slot", 0.9, 3, False),
         ("quantized_sliding_etlb val_loss:2.2 val_bpb:1.15 eval_time:3000ms", "etlb", 1.15, 3, None),
     ],
@@ -338,6 +340,7 @@ ttt_sliding:done val_loss=1.9 val_bpb=1.1 elapsed=3.0s
 eval: batch 20/100 running_loss:2.0
 best so far | val_loss: 1.0 val_bpb: 0.9
 final_int8_ttt_lora skipped:model_kind=x
+seed:7 val_loss:1.0 val_bpb:0.9
 """
     log = one(tmp_path, text)
     assert log.results == {} and log.score is None and log.broken == 0

@@ -54,7 +54,8 @@ STAGE_TABLE = (  # the first row whose pattern is in the label (in lower case) c
     Stage("ttt_ctw", "TTT+CTW", r"ttt.*ctw", YES, TOLD),
     Stage("ctw", "CTW", r"ctw", YES, PLAIN),
     Stage("ppm", "byte mixture", r"ppm|byte[-_ ]?mix|mix_bpb", NO, PLAIN, "C2"),  # #1905
-    Stage("ngram", "n-gram cache", r"n-?gram|_cache|backoff|oracle", NO, PLAIN, "C2"),  # #886
+    Stage("ngram", "n-gram", r"tilt|hint", UNKNOWN, SILENT),
+    Stage("ngram", "n-gram", r"n-?gram|_cache|backoff|oracle", NO, PLAIN, "C2"),  # #886
     Stage("etlb", "logit bias", r"etlb", UNKNOWN, SILENT),
     Stage("ttt_phased", "phased TTT", r"phased", YES, TOLD),
     Stage("ttt_lora", "LoRA TTT", r"^(quantized_|final_int8_|final_)ttt_lora$", YES, TOLD),
@@ -62,7 +63,7 @@ STAGE_TABLE = (  # the first row whose pattern is in the label (in lower case) c
     Stage(
         "ttt",
         "TTT",
-        r"^(quantized_|final_int\d_)ttt$|ttt_sliding|(causal|legal|score_?first)_?ttt",
+        r"^(quantized_|final_int\d_)ttt$|ttt_sliding|(causal|legal)_?ttt|score[-_]?first",
         YES,
         TOLD,
     ),
@@ -385,9 +386,10 @@ def score(reading, found, line):
     told = fields(line)
     if "causal" in told and "tokens" in told:
         reading.log.style = "this script"
-    label = re.sub(r"[\w.]+[:=]\S+", "", found["label"]).strip(" :,([-")
-    if not label:
-        return
+    first, _, more = found["label"].partition(" ")
+    if re.fullmatch(r"\w+[:=][\d.]*", first) and not first.endswith(":"):
+        return  # a setting, no label
+    label = (first + " " + re.sub(r"[\w.]+[:=]\S+", "", more)).strip(" :,([-")
     base = re.sub(r"\(.*\)", "", bare(label)).strip()
     result = Result(
         "",
