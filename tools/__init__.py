@@ -1,13 +1,13 @@
 """Tools around train_gpt.py, started in its folder as `python -m tools.NAME`; each has --help with examples.
 
-    report      seed logs: tables, significance, checks, submission.json, figures, a run that is running
+    report      seed logs: tables, significance, checks, submission.json, figures, a board, a run that is running
     record      the folder that is handed in as a record, from the logs of its seeds
     ablate      one artifact under several evaluations, with intervals
     audit       is an evaluator what it says? conditions C1 to C4, checked from outside
     quantise    one checkpoint through several quantisers and byte budgets
     bench       how fast the script is, beside the plain PyTorch versions in plain
 
-report's parts: logs reads them; tables, significance, checks, submission, follow and figures say what is in them; bytecount counts
-their text anew, scripts compares their sources. record's part is proof, which scores an artifact. console is how all of them speak
-and end.
+report's parts: logs reads them, by the table in lines; tables, significance, checks, submission, follow and figures say what is in
+them; bytecount counts their text anew, scripts compares their sources; board ranks the runs under folders, and page writes that as
+HTML. record's part is proof, which scores an artifact. console is how all of them speak and end.
 """

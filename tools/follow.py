@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.logs import LogError, read_log
+from tools.logs import LogError, NoLog, read_log
 from tools.tables import NAMES
 
 
@@ -63,7 +63,7 @@ def follow(path, pause=2.0, out=sys.stdout):
                 raise
             log, line = (
                 None,
-                "starting" if "no line" in str(why) or "empty" in str(why) else str(why),
+                "starting" if isinstance(why, NoLog) or "no line" in str(why) else str(why),
             )
         if (
             log

@@ -1,40 +1,47 @@
-"""Read the logs of training runs: this script's, and those of the pull requests #549, #1084, #1150, #1313, #1488 and the official baseline.
+"""Read the logs of training runs: this script's, and those that others have published. What their lines mean is the table of tools.lines.
 
-A log may be whole or cut off, open with the source of its script, be full of torchrun's noise, have several results and say the wrong name for one.
-Two hundred megabytes take seconds and little memory: only lines that begin as one of ours are looked at.
+A log may be whole or cut off, hold several runs, open with the source of its script, be full of torchrun's noise and say the wrong name for a score.
+Two hundred megabytes take seconds and little memory: the lines that a log has many of are looked at first, by one pattern each.
 """
 
+import array
+import codecs
 import dataclasses
+import io
 import re
 from pathlib import Path
 
 import numpy as np
 
+from tools.lines import PLAIN, STAGES, Reading, Result, kind, take
+
+__all__ = ["STAGES", "Log", "LogError", "NoLog", "Result", "read_log", "read_logs"]
+
 BLOCK = 1 << 22  # bytes looked at in one go
-SEPARATOR = b"\n" + b"=" * 100 + b"\n"  # after the source that a log opens with
-STAGES = (
-    "roundtrip",
-    "sliding_window",
-    "ttt",
-    "ttt_slot",
-    "ttt_ctw",
-    "slot",
-    "ctw",
-)  # in the order of a table; the last one there is the score
-SECONDS = 1 / 1000
-PREFIX = rb"\n(?:\[\w+\]: ?|\x1b\[[0-9;]*m)*"  # torchrun --tee, colours
-TRAIN = re.compile(PREFIX + rb"step:(\d+)/\d+ train_loss:(-?[\d.]+|-?inf|nan) train_time:(\d+)ms")
-CHUNK = re.compile(PREFIX + rb" *ttt_chunk \[(\d+)/(\d+)\] bpb=([\d.]+|inf|nan) time=")
-OTHER = re.compile(
-    PREFIX
-    + rb"((?:step:\d+/\d+ val_loss|final_|legal_ttt|DIAGNOSTIC|post-prequant|prequant_ttt|ttt_sliding:start|Code size|Total submission|Serialized"
-    rb"|stopping_early|stopped by|resuming from|seed:|model_params|world_size|train_batch_tokens|iterations|train_shards|settings:|python:|error:"
-    rb"|log:|pass_|Running PyTorch|\| +\d+ +NVIDIA|eval_total|training steps|quantised|artifact|train_loader|val_loader|val_bpb:|XSA|xsa|attention_mode|tie_embeddings|mtp_"
-    rb"|num_heads|average|late_qat|swa:|ema:|peak|logs/)[^\n]{0,4000})"
+HEAD = 1 << 16  # bytes by which a file that is no log is known
+LARGE = 64_000_000  # bytes of a file in UTF-16 that are still read
+UTF8, UTF16 = codecs.BOM_UTF8, (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+LINE = 20_000  # a longer line is no line of a log
+PREFIX = rb"(?:\[\w+\]:? ?|\x1b\[[0-9;]*m|\d{10}\.\d{3} |\[?\d\d:\d\d:\d\d\]? |\[?\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,\dZ]*\]? (?:- )?(?:\[?INFO\]?:? )?(?:- )?)*"
+OPENS = re.compile(PREFIX).match  # torchrun --tee, colours, times
+NUMBER = rb"(-?\d+(?:\.\d+)?|-?inf|nan)"
+STEP = rb"step:(\d{1,12})/\d+ train_loss:" + NUMBER + rb" train_time:(\d+)ms"
+TRAIN, TRAIN_BEHIND = re.compile(STEP).match, re.compile(PREFIX + STEP).match
+CHUNK = re.compile(PREFIX + rb" *ttt_chunk \[(\d+)/(\d+)\] bpb=" + NUMBER + rb" time=").match
+BEGINS = re.compile(  # the first lines of a run
+    r"settings: |seed: ?\d+$|(?:-+ )?Hyperparameters:?(?: -+)?$|Running P(?:ython|yTorch) \d|logs/\S+\.txt$|(?:step:)?(?P<step>[01])/\d+ (?:val|train)_loss:"
 )
-
-
-WHOLE = re.compile(rb"(val_bpb:\d+\.\d{8}|\d+ms|\d bytes)\r?$")
+WHOLE = re.compile(  # a last line without an end that cannot have been cut off
+    rb"(val_bpb:\d+\.\d{8}|\d+ms|\d bytes|\d s|\ds|FITS|\))\r?$"
+)
+PAIR = re.compile(rb"val_loss:\d+\.(\d+) val_bpb:\d+\.(\d+)\r?$")  # whole if of as many digits
+TOKENIZERS = (  # a word of the settings -> name of the tokenizer
+    (r"(?:fineweb_|sp)(\d+)_?(?:bpe)?_lossless_caps", "sp{} caseops"),
+    (r"fineweb_(\d+)_bpe", "sp{}"),
+    (r"\b(\w+_\d+_bpe)\.model", "{}"),
+    (r"fineweb10B_(sp\d+|byte\d+)", "{}"),
+    (r"fineweb_?(?:10B_)?bytes?\b", "byte"),
+)
 
 
 class LogError(Exception):
@@ -43,27 +50,16 @@ class LogError(Exception):
     status = 2  # the exit status
 
 
-@dataclasses.dataclass
-class Result:
-    """A score: the stage it is of, the label it has in the log, nats a token, bits a byte, seconds, whether causal (None: the log does not say)."""
-
-    stage: str
-    label: str
-    val_loss: float
-    val_bpb: float
-    seconds: float | None = None
-    causal: bool | None = None
-    breaks: str = ""
-    tokens: int | None = None
-    bytes: int | None = None
-    stride: int | None = None
+class NoLog(LogError):
+    """A file that is something else: a list of packages, a summary ..."""
 
 
 @dataclasses.dataclass
 class Log:
-    """What a log says; None or empty where it says nothing."""
+    """What a log says of one run; None or empty where it says nothing."""
 
     path: Path
+    run: int = 0  # number of the run in a file of several
     style: str = "lineage"  # or "this script", "baseline"
     settings: dict = dataclasses.field(default_factory=dict)
     seed: int | None = None
@@ -81,8 +77,11 @@ class Log:
     batch_tokens: int | None = None
     hardware: str | None = None
     torch: str | None = None
+    tokenizer: str | None = None
     code_bytes: int | None = None
+    source_bytes: int | None = None  # of the code before it was packed
     total_bytes: int | None = None
+    rounded_bytes: int | None = None  # where the log says millions only, to two digits
     train: np.ndarray | None = None  # [n,3]: step, loss, ms
     validation: list = dataclasses.field(default_factory=list)  # (step, val_loss, val_bpb, ms)
     running: np.ndarray | None = (
@@ -98,330 +97,256 @@ class Log:
     stopped: bool = False
     capped: bool = False  # training ended by its time cap, before the last step
     started: set = dataclasses.field(default_factory=set)  # stages that the lineage says it begins
-    begun: int = 0  # runs in this file
     last_step: int = 0
     progress: str = ""  # the last line of a pass that is under way
     broken: int = 0  # lines that begin as ours and do not go on so
+    more: list = dataclasses.field(default_factory=list)  # steps of other formats, as in train
 
     @property
     def name(self):
         """NAME or FOLDER/NAME, as RUN_ID has it, of a log in logs/; else the file's name without its ending."""
         *_, above, folder, file = ("", "", *self.path.resolve().with_suffix("").parts)
-        return f"{folder}/{file}" if above == "logs" else file
+        name = f"{folder}/{file}" if above == "logs" else file
+        return f"{name}#{self.run}" if self.run else name
+
+    @property
+    def title(self):
+        """The file's name, and which run in it if there are several."""
+        return f"{self.path.name}, run {self.run}" if self.run else self.path.name
+
+    @property
+    def trained(self):
+        """Whether the log is of training, not of an evaluation alone."""
+        return bool(len(self.train) or self.validation)
 
     @property
     def score(self):
-        """The Result that the run is about: its last stage."""
-        return (
-            next(
-                (
-                    self.results[s]
-                    for s in reversed(STAGES)
-                    if s in self.results and s not in ("slot", "ctw")
-                ),
-                None,
-            )
-            if any(s.startswith("ttt") for s in self.results)
-            else next((self.results[s] for s in reversed(STAGES) if s in self.results), None)
-        )
+        """The Result that the run is about: its last stage; if its labels say no stage, the one that says final, or that says nothing."""
+        if any(s.startswith("ttt") for s in self.results):
+            mine = [s for s in STAGES if s not in ("slot", "ctw")]
+        else:
+            mine = list(STAGES)
+        told = [s for s in self.results if s == "val_bpb" or s.startswith("final")]
+        return next((self.results[s] for s in [*reversed(mine), *told] if s in self.results), None)
 
 
-def columns(rows, count):
-    """findall's tuples of bytes as a float array [n, count]."""
-    return (
-        np.array([np.array(column, "S24").astype(float) for column in zip(*rows)]).T
-        if rows
-        else np.zeros((0, count))
-    )
+class Runs:
+    """The runs of a file that is being read."""
+
+    def __init__(self, path):
+        self.path = path
+        self.done: list = []
+        self.begin()
+
+    def begin(self):
+        """A run begins."""
+        self.reading = Reading(Log(self.path))
+        self.train, self.chunks = array.array("d"), array.array("d")
+        self.step = b"0"
+
+    def end(self):
+        """A run has ended; it counts if it has any figure."""
+        log = self.reading.log
+        log.train = np.array(log.more).reshape(-1, 3)
+        log.train = np.concatenate([np.array(self.train).reshape(-1, 3), log.train])
+        chunks = np.array(self.chunks).reshape(-1, 3)
+        log.running = np.stack([chunks[:, 0] / np.maximum(chunks[:, 1], 1), chunks[:, 2]], 1)
+        if len(log.train):
+            log.last_step = max(int(log.train[-1, 0]), log.last_step if log.more else 0)
+        if log.trained or log.results or log.averaged:
+            self.done.append(log)
+
+    def again(self, first):
+        """Whether a line of a run's beginning, of step first, belongs to a further run."""
+        log = self.reading.log
+        if log.resumed:
+            return False
+        return max(int(self.step), log.last_step) > first or bool(log.results)
+
+    def lines(self, block):
+        """Take in whole lines. Those that a log has many of are looked at first."""
+        progress = b""
+        for line in block.split(b"\n"):
+            if line.startswith(b"step:"):
+                found = TRAIN(line)
+            elif line.startswith(b"progress:"):
+                progress = line  # only the last is of use
+                continue
+            else:
+                found = b" train_loss:" in line and TRAIN_BEHIND(line)
+            if found:
+                self.training(found)
+            elif b"ttt_chunk [" in line and (found := CHUNK(line)):
+                self.chunks.extend(map(float, found.groups()))
+            elif line:
+                # of a bar of progress that was written over only the end is of use
+                line = line.rstrip(b"\r").rsplit(b"\r", 1)[-1]
+                if len(line) <= LINE:
+                    self.line(line[OPENS(line).end() :].decode(errors="replace"))
+        self.reading.log.progress = progress.decode(errors="replace") or self.reading.log.progress
+
+    def training(self, found):
+        """Take in a step of training."""
+        if self.reading.source:
+            return
+        if found[1] == b"1" and self.again(1):
+            self.end()
+            self.begin()
+        self.step = found[1]
+        self.train.extend(map(float, found.groups()))
+
+    def line(self, text):
+        """Take in a line that is not one of many."""
+        begins = not self.reading.source and BEGINS.match(text)
+        if begins and self.again(int(begins["step"] or 0)):
+            self.end()
+            self.begin()
+        self.reading.log.last_step = max(self.reading.log.last_step, int(self.step))
+        take(self.reading, text)
+
+    def broken(self, line):
+        """Whether a line that was cut off would have said something."""
+        return re.match(rb"(?:step:\d|final_|legal_ttt|quantized)", line[OPENS(line).end() :])
 
 
-def read_log(path):
-    """The Log of a file, or of a folder logs/RUN_ID. Raises LogError."""
+def read_logs(path, most=None):
+    """The Logs of a file, one a run, or of a folder logs/RUN_ID. Files of more than most bytes are not read. Raises LogError, NoLog."""
     path = Path(path).resolve() if str(path) in (".", "..") else Path(path)
     path = (
         path.with_name(path.name + ".txt")
         if path.is_dir() and not path.name.endswith(".txt")
         else path
     )
-    log, train, chunks, rest = Log(path), [], [], []
+    runs = Runs(path)
     try:
+        size = path.stat().st_size
+        if most is not None and size > most:
+            raise LogError(
+                f"{path}: has {size / 1e6:,.0f} MB, not read: logs of a board have at most {most / 1e6:,.0f} MB"
+            )
         with open(path, "rb") as file:
-            head = file.read(1 << 21)
-            if not head:
-                raise LogError(f"{path}: is empty")
-            if b"\0" in head[: 1 << 16]:
-                raise LogError(f"{path}: is binary, no log")
-            file.seek(max(0, head.find(SEPARATOR) + len(SEPARATOR) - 1) if SEPARATOR in head else 0)
-            left = b"" if SEPARATOR in head else b"\n"
-            while block := file.read(BLOCK):
-                block = left + block
-                cut = max(block.rfind(b"\n"), 0)
-                block, left = block[:cut], block[cut:]
-                train.append(columns(TRAIN.findall(block), 3))
-                chunks.append(columns(CHUNK.findall(block), 3))
-                rest += OTHER.findall(block)
-                if (at := block.rfind(b"\nprogress:")) >= 0:  # of many only the last is of use
-                    log.progress = block[at + 1 :].split(b"\n", 1)[0].decode(errors="replace")
-                left = left if len(left) < BLOCK else b""  # a line of megabytes is no line of ours
-            if WHOLE.search(
-                left
-            ):  # the last line, without an end: only if it cannot have been cut off
-                rest += OTHER.findall(left)
-            elif OTHER.search(left) or TRAIN.search(left):
-                log.broken += 1
+            ends = read_lines(file, size, runs)
     except OSError as why:
         raise LogError(f"{path}: {why.strerror}") from None
-    except ValueError as why:
-        raise LogError(f"{path}: has a number that is none: {str(why)[:80]}") from None
-    log.train, chunks = np.concatenate(train), np.concatenate(chunks)
-    log.last_step = int(log.train[-1, 0]) if len(log.train) else 0
-    _, last = np.unique(
-        log.train[::-1, 0], return_index=True
-    )  # a run that was resumed repeats steps; the last time counts
-    log.train = log.train[len(log.train) - 1 - last]
-    log.running = np.stack([chunks[:, 0] / np.maximum(chunks[:, 1], 1), chunks[:, 2]], 1)
-    method = "ttt"
-    for line in rest:
-        try:
-            method = take(log, line.decode(errors="replace"), method)
-        except (KeyError, ValueError, IndexError):  # a line that was cut off or overwritten
-            log.broken += 1
-    if not (len(log.train) or log.validation or log.results):
+    runs.end()
+    logs = [
+        log
+        for k, log in enumerate(runs.done)
+        if not any(copied(log, later) for later in runs.done[k + 1 :])
+    ]
+    if not logs:
+        what = kind(ends.decode(errors="replace"))
+        if what:
+            raise NoLog(f"{path}: is {what}, no training log")
         raise LogError(f"{path}: has no line of a training log")
-    if log.begun > 1:
-        raise LogError(f"{path}: has {log.begun} runs; give each a file of its own")
-    finish(log)
-    return log
+    for number, log in enumerate(logs, 1):
+        log.run = number if len(logs) > 1 else 0
+        finish(log)
+    return logs
 
 
-def fields(text):
-    """name:value and name=value words of a line."""
-    return dict(re.findall(r"(\w+)[:=](\S+)", text))
+def read_lines(file, size, runs):
+    """Give the lines of a file to runs; the beginning and the end of it, to see what it is if it is no log. Raises LogError, NoLog."""
+    head = file.read(HEAD)
+    if not head:
+        raise NoLog(f"{runs.path}: is empty")
+    if head.startswith(UTF16) and size < LARGE:  # what PowerShell writes
+        text = (head + file.read()).decode("utf-16", errors="replace").encode()
+        file = io.BytesIO(text)
+        head = text[:HEAD]
+    if b"\0" in head:
+        raise LogError(f"{runs.path}: is binary, no log")
+    end = file.seek(0, io.SEEK_END)
+    file.seek(max(len(head), end - HEAD))
+    tail = file.read()
+    file.seek(len(UTF8) if head.startswith(UTF8) else 0)
+    left = b""
+    while block := file.read(BLOCK):
+        block = left + block
+        cut = block.rfind(b"\n") + 1
+        runs.lines(block[:cut])
+        left = block[cut:] if len(block) - cut < BLOCK else b""  # no line of a log
+    digits = PAIR.search(left)
+    if WHOLE.search(left) or (digits and len(digits[1]) == len(digits[2])):
+        runs.lines(left)
+    elif left and runs.broken(left):
+        runs.reading.log.broken += 1
+    return head + b"\n" + tail
 
 
-def milliseconds(text):
-    """Number of a time like 12ms. Raises ValueError."""
-    if not re.fullmatch(r"[\d.]+ms", text):
-        raise ValueError(text)
-    return float(text[:-2])
+def copied(one, other):
+    """Whether a file holds a run twice, as a console and a log that were put together do."""
+    figures = [[(r.stage, r.val_bpb) for r in log.results.values()] for log in (one, other)]
+    steps = np.array_equal(one.train, other.train, equal_nan=True)
+    return bool(one.results) and figures[0] == figures[1] and steps
 
 
-def take(log, line, method):
-    """Note what a line says; the method that lines about TTT are of."""
-    label, found = line.split(" ", 1)[0].rstrip(":"), fields(line)
-    if line.startswith("step:"):
-        step, total = map(int, label[5:].split("/"))
-        log.iterations = total
-        log.begun += step == 0 and not log.resumed and log.style != "this script"
-        log.validation.append(
-            (
-                step,
-                float(found["val_loss"]),
-                float(found["val_bpb"]),
-                milliseconds(found.get("train_time", "0ms")),
-            )
-        )
-    elif label.startswith(("final_", "legal_ttt")) and "val_bpb" in found:
-        take_result(log, label, found, method)
-    elif label in ("DIAGNOSTIC", "post-prequant-ttt") and "val_bpb" in found:
-        log.averaged = Result("averaged", label, float(found["val_loss"]), float(found["val_bpb"]))
-    elif label.startswith("prequant_ttt"):
-        log.prequant_ttt = True
-        spent = re.search(r"(?:elapsed=|seconds:|time:)([\d.]+)", line)
-        log.prequant_seconds = (
-            max(log.prequant_seconds, float(spent[1])) if spent else log.prequant_seconds
-        )
-    elif label.startswith("ttt_sliding"):
-        method = (
-            "ttt_slot"
-            if "slot_steps" in found
-            else "ttt_ctw"
-            if float(found.get("ctw_weight", 0))
-            else "ttt"
-        )
-        if line.startswith("ttt_sliding:start"):
-            log.started.add(method)
-            log.settings |= found
-    elif line.startswith(("Code size:", "Total submission size")):
-        number = (
-            int(re.search(r": (\d+) bytes", line)[1]) if re.search(r": (\d+) bytes", line) else None
-        )
-        if line.startswith("Code"):
-            log.code_bytes = number
-        else:
-            log.total_bytes = number
-    elif label == "settings":
-        log.settings, log.style = (
-            dict(word.split("=", 1) for word in line.split()[1:] if "=" in word),
-            "this script",
-        )
-        log.begun += 1
-        log.seed, log.batch_tokens = (
-            int(log.settings.get("SEED", -1)),
-            int(log.settings.get("TRAIN_BATCH_TOKENS", 0)) or None,
-        )
-        log.prequant_ttt |= log.settings.get("PREQUANT_TTT_ENABLED") == "1"
-    elif label == "python" or line.startswith("python:"):
-        log.style, log.errors, log.stopped = (
-            "this script",
-            [],
-            False,
-        )  # it goes on after what stopped it
-        log.torch, log.world_size = found.get("torch"), int(found.get("world_size", 1))
-        log.hardware = line.split("device:", 1)[-1].split(" dtype:")[0]
-    elif label == "eval_total":
-        log.eval_seconds, log.finished = milliseconds(found["eval_time"]) * SECONDS, True
-    elif label == "training":
-        log.steps, log.train_seconds = (
-            int(found["steps"]),
-            milliseconds(found["train_time"]) * SECONDS,
-        )
-    elif line.startswith("stopping_early"):
-        log.train_seconds = milliseconds(found["train_time"]) * SECONDS
-        log.steps, log.iterations = map(int, found["step"].split("/"))
-        log.capped = True
-    elif line.startswith("stopped by"):
-        log.stopped = True
-    elif line.startswith("Running PyTorch"):
-        log.torch = line.split()[2]
-    elif "NVIDIA" in line:
-        log.hardware = re.search(r"NVIDIA [\w ]*?(?= {2,})", line)[0]
-    elif line.startswith("error:"):
-        log.errors.append(line)
-    elif line.startswith("resuming from"):
-        log.resumed += 1
-    elif label.startswith("model_params"):
-        log.parameters = int(found["model_params"])
-    elif log.style != "this script":
-        header(log, line, found)
-    return method
-
-
-def header(log, line, found):
-    """A line of the lineage's header: settings, number of ranks, seed."""
-    for name, value in found.items():
-        if name == "seed":
-            log.seed = int(value)
-        elif name == "world_size":
-            log.world_size = int(value)
-        elif name == "train_batch_tokens":
-            log.batch_tokens = int(value)
-    if not line.startswith(
-        (
-            "late_qat",
-            "swa",
-            "ema",
-            "peak",
-            "average",
-            "logs/",
-            "Serialized",
-            "quantised",
-            "artifact",
-            "stopped",
-            "train_shards:",
-            "seed:",
-        )
-    ):
-        log.settings |= {name: value for name, value in found.items() if name != "seed"}
-
-
-def take_result(log, label, found, method):
-    """A result line: the short one has the time, the "_exact" one the digits."""
-    exact, name = (
-        label.endswith("_exact"),
-        label.removesuffix("_exact")
-        .removeprefix("final_")
-        .removeprefix("artifact_")
-        .removeprefix("int6_")
-        .removeprefix("int8_zlib_"),
-    )
-    loss, bpb = float(found["val_loss"]), float(found["val_bpb"])
-    seconds = milliseconds(found["eval_time"]) * SECONDS if "eval_time" in found else None
-    causal = {"yes": True, "no": False}.get(found.get("causal"))
-    if causal is not None and "tokens" in found:
-        log.style = "this script"
-    second, name = name.endswith("_s64"), name.removesuffix("_s64")
-    if label.startswith("legal_ttt"):
-        name = method
-    if name.startswith("float_"):
-        log.averaged = Result(
-            "averaged", label, loss, bpb, seconds, causal, found.get("breaks", "")
-        )
-        return
-    log.lines.append(label)
-    if exact and label.startswith(("final_int8_zlib", "final_int6_roundtrip")):
-        twin = next(
-            (
-                r
-                for r in [*log.results.values(), *log.extra]
-                if abs(r.val_loss - loss) < 5e-9 and r.stage != "roundtrip"
-            ),
-            None,
-        )
-        if twin:
-            log.mislabelled.append(
-                f"{label} {bpb:.8f} is the score of {twin.stage}{f' with stride {twin.stride}' if twin.stride else ''}, not of a roundtrip"
-            )
-            return
-    if label.startswith("final_int8_zlib") and "roundtrip" not in log.results:
-        log.style = "baseline"
-    if name == "slot" and "steps" in found and log.style == "lineage":
-        log.settings |= {"slot_steps": found["steps"], "slot_lr": found.get("lr")}
-    result = Result(
-        name,
-        label.removesuffix("_exact"),
-        loss,
-        bpb,
-        seconds,
-        causal,
-        found.get("breaks", ""),
-        *(int(found[key]) if key in found else None for key in ("tokens", "bytes", "stride")),
-    )
-    if second:
-        old = next((r for r in log.extra if r.stage == name), None)
-        log.extra = [r for r in log.extra if r is not old] + [merge(old, result)]
-    elif name in STAGES:
-        log.results[name] = merge(log.results.get(name), result)
-
-
-def merge(old, new):
-    """Two lines of one score: the digits of the later, the time of whichever has it."""
-    if old is None or abs(old.val_loss - new.val_loss) > 1e-4:
-        return new
-    return dataclasses.replace(
-        new,
-        seconds=new.seconds if new.seconds is not None else old.seconds,
-        stride=new.stride or old.stride,
-    )
+def read_log(path):
+    """The Log of a file that holds one run, or of a folder logs/RUN_ID. Raises LogError."""
+    logs = read_logs(path)
+    if len(logs) > 1:
+        raise LogError(f"{path}: has {len(logs)} runs; give each a file of its own")
+    return logs[0]
 
 
 def finish(log):
     """What follows from all lines together."""
+    _, last = np.unique(
+        log.train[::-1, 0], return_index=True
+    )  # a run that was resumed repeats steps; the last time counts
+    log.train = log.train[len(log.train) - 1 - last]
+    identify(log)
     if log.validation:
         step, loss, bpb, ms = log.validation[-1]
-        log.prequant = Result("prequant", "step", loss, bpb)
+        if bpb == bpb:
+            log.prequant = Result("prequant", "step", loss, bpb, how=PLAIN)
         log.steps = step if log.steps is None else log.steps
-        log.train_seconds = ms * SECONDS if log.train_seconds is None else log.train_seconds
+        if log.train_seconds is None and ms == ms:
+            log.train_seconds = ms / 1000
     elif len(log.train):
-        log.steps, log.train_seconds = (
-            log.steps or int(log.train[-1, 0]),
-            log.train_seconds or log.train[-1, 2] * SECONDS,
-        )
+        log.steps = log.steps or int(log.train[-1, 0])
+        ms = log.train[-1, 2]
+        log.train_seconds = log.train_seconds or (ms / 1000 if ms == ms else None)
     if log.steps and log.train_seconds:
         log.step_avg = 1000 * log.train_seconds / log.steps
-        if log.validation and log.validation[-1][0] == log.steps:
+        if log.validation and log.validation[-1][0] == log.steps and log.validation[-1][3] > 0:
             log.step_avg = log.validation[-1][3] / log.steps
     if log.style != "this script":
-        times = [r.seconds for r in [*log.results.values(), *log.extra] if r.seconds is not None]
-        log.finished = bool(log.results) and log.started <= set(log.results)
-        log.eval_seconds = sum(times) + log.prequant_seconds if times and log.finished else None
-        found = [
-            r
-            for r in [*log.results.values(), *log.extra, log.averaged]
-            if r and r.causal is None and log.style == "lineage"
-        ]
-        for result in found:  # what #1084's and #1313's SLOT do is known
-            leak = result.stage.endswith("slot")
-            result.causal = not (leak or log.prequant_ttt)
-            result.breaks = ",".join(["C1", "C2"] * leak + ["C3"] * (leak or log.prequant_ttt))
-    log.begun = min(log.begun, 1) if log.style == "this script" and log.resumed else log.begun
+        evaluation(log)
+
+
+def evaluation(log):
+    """How long the stages of somebody else's log took together, and what training on validation tokens does to them."""
+    results = [*log.results.values(), *log.extra]
+    times = [r.seconds for r in results if r.seconds and not r.label.lower().startswith("diag")]
+    log.finished = bool(results) and log.started <= set(log.results)
+    log.eval_seconds = sum(times) + log.prequant_seconds if times and log.finished else None
+    if log.prequant_ttt:
+        for result in filter(None, [*results, log.averaged]):
+            breaks = {*filter(None, result.breaks.split(",")), "C3"}
+            result.causal, result.breaks = False, ",".join(sorted(breaks))
+            result.how = "trained on validation tokens before, by lines of its log"
+
+
+def identify(log):
+    """Seed, batch, ranks and tokenizer, where settings say them and nothing else did; a seed that the log leaves out may stand in the file's name."""
+    told = {name.lower(): value for name, value in log.settings.items()}
+    for name, field in (
+        ("seed", "seed"),
+        ("world_size", "world_size"),
+        ("train_batch_tokens", "batch_tokens"),
+        ("iterations", "iterations"),
+    ):
+        if getattr(log, field) is None and str(told.get(name, "")).isdigit():
+            setattr(log, field, int(told[name]))
+    named = re.search(r"seed[_-]?(\d+)", log.path.stem)
+    if log.seed is None and named and not log.run:
+        log.seed = int(named[1])
+    where = " ".join(str(v) for k, v in told.items() if re.search(r"tok|data|train|val|dir", k))
+    for pattern, name in TOKENIZERS:
+        found = re.search(pattern, where)
+        if found:
+            log.tokenizer = name.format(*found.groups())
+            return
+    if told.get("tokenizer_kind", "").startswith("byte"):
+        log.tokenizer = f"byte{told.get('vocab_size', '')}"

@@ -6,9 +6,10 @@
     python -m tools.report logs/demo/best_seed*.txt --against logs/demo/seed*.txt    # better by 0.005 nats? Welch, one-sided; paired where nats were saved
     python -m tools.report logs/demo/seed*.txt --check            # what a reviewer looks at, a line each
     python -m tools.report --follow logs/demo/seed42.txt          # a run that is running: bar, loss, tokens/s, time left
+    python -m tools.report --board logs --causal --html board.html    # all runs under folders, a row a configuration, the best first
 
 A log is a file, or a folder logs/RUN_ID; a folder with README.md or submission.json is a record, which stands for the logs in it.
-Exit status: 0 well, 1 a check failed, 2 something is no log or cannot be done (the rest is still reported).
+Exit status: 0 well, 1 a check failed, 2 something is no log, cannot be read or cannot be done (the rest is still reported).
 """
 
 import sys
@@ -27,10 +28,11 @@ import csv
 import json
 from pathlib import Path
 
-from tools import figures
+from tools import board, figures
 from tools.checks import check, is_record
 from tools.follow import follow
-from tools.logs import STAGES, LogError, read_log
+from tools.logs import STAGES, LogError, NoLog, read_logs
+from tools.page import page
 from tools.significance import against
 from tools.submission import submission
 from tools.tables import compressors, markdown, notes, table, update
@@ -58,14 +60,19 @@ def expand(paths):
 def read_all(paths):
     """(logs, whether all could be read); says of each that could not why. A log and its folder are one."""
     logs, well = [], True
+    named = set(map(Path, paths))
     for path in expand(paths):
         try:
-            log = read_log(path)
-            if log.path not in [other.path for other in logs]:
-                logs.append(log)
+            found = read_logs(path)
+            if found[0].path not in [other.path for other in logs]:
+                logs += found
         except LogError as why:
-            console.complain(str(why))
-            well = False
+            beside = isinstance(why, NoLog) and path not in named  # a record has other texts too
+            if beside:
+                print(f"note: {why}", file=sys.stderr)
+            else:
+                console.complain(str(why))
+            well &= beside
     return logs, well
 
 
@@ -105,7 +112,52 @@ def parse(argv):
         help="beside the scores what gzip and xz make of the validation text",
     )
     parser.add_argument("--follow", metavar="LOG", help="show a running run")
+    parser.add_argument(
+        "--board",
+        nargs="+",
+        metavar="DIR",
+        help="rank all runs under folders, a row a configuration; with --csv and --html as files",
+    )
+    parser.add_argument(
+        "--causal",
+        action="store_true",
+        help="on a board: rank by the best stage that is causal, leave out what has none",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help="on a board: only runs of this tokenizer (sp1024 ...)"
+    )
+    parser.add_argument(
+        "--html", metavar="FILE", help="write the board as one page that needs nothing else"
+    )
     return parser.parse_args(argv)
+
+
+def write_board(options):
+    """Print and write the board of --board; the exit status."""
+    try:
+        found = board.collect(options.board)
+        rows = board.board(found.logs, options.causal, options.tokenizer)
+        for sentence in found.others:
+            print(f"note: {sentence}", file=sys.stderr)
+        for sentence in found.wrong:
+            print(f"error: {sentence}", file=sys.stderr)
+        where = ", ".join(options.board)
+        if not rows:
+            raise LogError(f"{where}: {board.nothing(found, options.causal, options.tokenizer)}")
+        print("\n".join(board.lines(rows)))
+        print(counts := board.counts(found, rows))
+        if options.csv:
+            board.write_csv(rows, options.csv)
+        if options.html:
+            title = ", ".join(Path(folder).resolve().name for folder in options.board)
+            text = page(rows, f"Runs under {title}", [counts, *board.notes(rows)])
+            Path(options.html).write_text(text)
+        for path in filter(None, (options.csv, options.html)):
+            print(f"wrote {path}")
+    except (LogError, OSError) as why:
+        print(f"error: {why}", file=sys.stderr)
+        return 2
+    return 2 if found.wrong else 0
 
 
 def write_submission(logs, options):
@@ -132,6 +184,8 @@ def main(argv=None):
         with contextlib.suppress(KeyboardInterrupt):  # the way to end it
             follow(options.follow)
         return 0
+    if options.board:
+        return write_board(options)
     if not options.logs:
         raise console.BadInput("no log is given; see --help.")
     logs, well = read_all(options.logs)

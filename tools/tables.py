@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from tools import console
+from tools.lines import OWN_LABEL, STAGE_TABLE
 from tools.logs import STAGES, LogError
 
-NAMES = dict(
-    roundtrip="roundtrip",
-    sliding_window="sliding",
-    ttt="TTT",
-    ttt_slot="TTT+SLOT",
-    ttt_ctw="TTT+CTW",
-    slot="SLOT",
-    ctw="CTW",
-)
+
+class Names(dict):
+    """What tables call a stage; one that is not known keeps the name that its log has for it."""
+
+    def __missing__(self, stage):
+        return stage
+
+
+NAMES = Names((s, next(row.name for row in STAGE_TABLE if row.key == s)) for s in STAGES)
 DEMO = {"PRESET": "demo", "ITERATIONS": "400", "MAX_WALLCLOCK_SECONDS": "150.0"}  # make demo
 
 
@@ -33,16 +34,21 @@ def cells(log):
     scores = {
         "before averaging": log.prequant,
         "float": log.averaged,
-        **{NAMES[s]: log.results.get(s) for s in STAGES},
+        **{NAMES[s]: log.results.get(s) for s in [*STAGES, *log.results]},
     }
     found |= {name: (r.val_bpb, f"{r.val_bpb:.4f}") if r else None for name, r in scores.items()}
     found["evaluation"] = (
         (log.eval_seconds, f"{log.eval_seconds:.0f} s") if log.eval_seconds else None
     )
-    found["artifact + code"] = (
-        (log.total_bytes, f"{log.total_bytes:,} B") if log.total_bytes else None
-    )
+    found["artifact + code"] = size(log)
     return {name: cell for name, cell in found.items() if cell}
+
+
+def size(log):
+    """(bytes, text) of artifact and code together, or None."""
+    if log.total_bytes:
+        return log.total_bytes, f"{log.total_bytes:,} B"
+    return (log.rounded_bytes, f"{log.rounded_bytes / 1e6:.2f} MB") if log.rounded_bytes else None
 
 
 # Columns of our own tables of seeds, in order.
@@ -60,7 +66,10 @@ COLUMNS = (
 def table(logs):
     """Rows of text, the first the header: a row a log, then mean and sample standard deviation where there are several."""
     found = [cells(log) for log in logs]
-    names = [name for name in COLUMNS if any(name in row for row in found)]
+    others = [NAMES[s] for log in logs for s in log.results if s not in STAGES]
+    at = COLUMNS.index("evaluation")
+    known = dict.fromkeys([*COLUMNS[:at], *others, *COLUMNS[at:]])
+    names = [name for name in known if any(name in row for row in found)]
     rows = [["seed", *names]]
     rows += [
         [
@@ -73,7 +82,7 @@ def table(logs):
         columns = [[row[n][0] for row in found if n in row] for n in names]
         digits = [
             4
-            if n in ("before averaging", "float", *NAMES.values())
+            if n in ("before averaging", "float", *NAMES.values(), *others)
             else 1
             if n in ("step average", "evaluation")
             else 0
@@ -103,11 +112,26 @@ def markdown(rows):
 
 def notes(logs):
     """Sentences under a table: what is not causal, what was evaluated, what is odd."""
-    lines, stages = [], [s for s in STAGES if any(s in log.results for log in logs)]
-    leaks = {
-        s: {r.breaks for log in logs if (r := log.results.get(s)) and r.causal is False}
-        for s in stages
+    lines = [causality(logs)]
+    size = {
+        (r.tokens, r.bytes) for log in logs for r in log.results.values() if r.tokens and r.bytes
     }
+    lines += [f"{n:,} targets, {b:,} bytes of text scored." for n, b in sorted(size)]
+    lines += [f"{log.title}: {text}." for log in logs for text in log.mislabelled]
+    lines += [f"{log.title}: the run did not finish." for log in logs if not log.finished]
+    lines += [f"{log.title}: an evaluation alone." for log in logs if not log.trained]
+    lines += [time_cap(log) for log in logs if log.capped and log.steps and log.iterations]
+    lines += [
+        f"{log.title}: {log.broken} lines are cut off or overwritten." for log in logs if log.broken
+    ]
+    return lines
+
+
+def causality(logs):
+    """The first sentence under a table: which scores are causal, and which are not."""
+    stages = list(dict.fromkeys([*STAGES, *(s for log in logs for s in log.results)]))
+    scores = [r for log in logs for r in log.results.values()]
+    leaks = {s: {r.breaks for r in scores if r.stage == s and r.causal is False} for s in stages}
     told = [
         f"{NAMES[s]} (breaks {' / '.join(sorted(b for b in leaks[s] if b)) or '?'})"
         for s in stages
@@ -115,36 +139,23 @@ def notes(logs):
     ]
     if any(log.averaged and log.averaged.causal is False for log in logs):
         told.insert(0, "float, after training on the validation tokens (breaks C3)")
-    unknown = any(r.causal is None for log in logs for r in log.results.values()) or not stages
-    lines.append(
-        "Bits a byte. "
-        + (
-            f"Not causal, no compression result: {', '.join(told)}. "
-            if told
-            else ""
-            if unknown
-            else "All causal. "
-        )
-        + "Evaluation: all stages together."
-    )
-    size = {
-        (r.tokens, r.bytes) for log in logs for r in log.results.values() if r.tokens and r.bytes
-    }
-    lines += [f"{n:,} targets, {b:,} bytes of text scored." for n, b in sorted(size)]
-    lines += [f"{log.path.name}: {text}." for log in logs for text in log.mislabelled]
-    lines += [f"{log.path.name}: the run did not finish." for log in logs if not log.finished]
-    lines += [time_cap(log) for log in logs if log.capped]
-    lines += [
-        f"{log.path.name}: {log.broken} lines are cut off or overwritten."
-        for log in logs
-        if log.broken
-    ]
-    return lines
+    unknown = [NAMES[s] for s in stages if any(r.stage == s and r.causal is None for r in scores)]
+    sentences = ["Bits a byte."]
+    if told:
+        sentences.append(f"Not causal, no compression result: {', '.join(told)}.")
+    if unknown:
+        sentences.append(f"Not known to be causal: {', '.join(unknown)}.")
+    if any(r.causal and r.how != OWN_LABEL for r in scores):
+        which = "The others are" if told or unknown else "All are"
+        sentences.append(f"{which} causal by their names; their logs do not show it.")
+    elif scores and not told and not unknown:
+        sentences.append("All causal.")
+    return " ".join([*sentences, "Evaluation: all stages together."])
 
 
 def time_cap(log):
     """Sentence on a run that its time cap ended; make demo's steps fit into its cap unless the machine is slow or busy."""
-    told = f"{log.path.name}: stopped by the time cap at {log.steps:,} of {log.iterations:,} steps"
+    told = f"{log.title}: stopped by the time cap at {log.steps:,} of {log.iterations:,} steps"
     if all(log.settings.get(name) == value for name, value in DEMO.items()):
         told += ": the machine was too slow or busy, the scores are not comparable with the committed ones"
     return told + "."
