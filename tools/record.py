@@ -41,9 +41,9 @@ from pathlib import Path
 from tools import report
 from tools.bytecount import TEXT_BYTES
 from tools.checks import print_check
-from tools.logs import SEPARATOR, STAGES, LogError, read_log
+from tools.logs import STAGES, LogError, read_log
 from tools.proof import artifact_of, prove
-from tools.scripts import HEAD, shipped_script
+from tools.scripts import HEAD, SEPARATOR, shipped_script
 from tools.significance import against
 from tools.submission import LIMIT, best_stage, causal, one_configuration, submission
 from tools.tables import NAMES, markdown, notes, table

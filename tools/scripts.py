@@ -5,10 +5,11 @@ import base64
 import functools
 import lzma
 
-from tools.logs import SEPARATOR, LogError
+from tools.logs import LogError
 
 HEAD = 1 << 21  # bytes of a log in which its source ends
 UNPACKED = 1 << 24  # bytes that a packed copy may unpack to
+SEPARATOR = b"\n" + b"=" * 100 + b"\n"  # after the source that a log opens with
 
 
 def source_of(log):
