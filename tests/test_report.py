@@ -459,6 +459,19 @@ def test_a_run_that_its_time_cap_ended_says_so_under_the_table(cap, slow, tmp_pa
     assert ("too slow or busy, the scores are not comparable" in out) == slow
 
 
+def test_warnings_of_a_run_stand_under_the_table(tmp_path, capsys):
+    """Each kind once, as it was said last."""
+    path = our_log(tmp_path / "w.txt")
+    gaps = [
+        f"warning: val_loss is {gap} nats over train_loss: known by heart" for gap in (0.61, 1.2)
+    ]
+    lost = "warning: the artifact's val_loss is 0.15 nats over the trained model's"
+    path.write_text("\n".join([path.read_text().rstrip("\n"), *gaps, lost, ""]))
+    report.main([str(path)])
+    told = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert told == [f"w.txt: {gaps[1]}.", f"w.txt: {lost}."]
+
+
 def test_welch_is_scipys_and_hand_checked(tmp_path, capsys):
     ours, theirs = [1.8825, 1.8831, 1.8829], [1.8916, 1.8902, 1.8911, 1.8907]
     for margin in (0.005, 0.0):

@@ -183,6 +183,12 @@ def broken(reading, found, line):
     reading.log.broken += 1
 
 
+def warned(reading, found, line):
+    """A warning of this script's, as it is when it is said for the last time."""
+    kind = found["text"].split(" is ")[0]
+    reading.log.warnings[kind] = found["text"]
+
+
 def capped(reading, found, line):
     """Training ended by its time cap."""
     note(reading, found, line)
@@ -574,6 +580,7 @@ LINES = tuple(  # the first row that matches a whole line from its beginning cou
             rf"stopping_early: ?\S+ train_time: ?(?P<train_seconds>{TIME})(?: step: ?(?P<steps>\d+)/(?P<iterations>\d+))?$",
             capped,
         ),
+        (r"warning: (?P<text>(?:the artifact's )?val_loss .*)", warned),
         (r"training steps:(?P<steps>\d+) .*train_time:(?P<train_seconds>\d+ms)$", note),
         (r"step:\d+/\d+ (?:train|val)_loss\b", broken),
         (r"[Ss]tep[:= ]\s*(?P<step>\d{1,12})\b(?:/(?P<total>\d{1,12}))?", other_step),

@@ -88,6 +88,7 @@ class Log:
         None  # [n,2]: share of the validation stream scored, bits a byte so far
     )
     mislabelled: list = dataclasses.field(default_factory=list)  # sentences
+    warnings: dict = dataclasses.field(default_factory=dict)  # sentences by what they are of
     lines: list = dataclasses.field(default_factory=list)  # labels of result lines, for uniqueness
     finished: bool = False
     prequant_ttt: bool = False

@@ -118,6 +118,7 @@ def notes(logs):
     }
     lines += [f"{n:,} targets, {b:,} bytes of text scored." for n, b in sorted(size)]
     lines += [f"{log.title}: {text}." for log in logs for text in log.mislabelled]
+    lines += [f"{log.title}: warning: {w}." for log in logs for w in log.warnings.values()]
     lines += [f"{log.title}: the run did not finish." for log in logs if not log.finished]
     lines += [f"{log.title}: an evaluation alone." for log in logs if not log.trained]
     lines += [time_cap(log) for log in logs if log.capped and log.steps and log.iterations]
