@@ -189,6 +189,8 @@ def main(argv=None):
         print("error: give a log; see --help", file=sys.stderr)
         return 2
     logs, well = read_all(options.logs)
+    if not logs and not options.check:
+        return 2  # there is nothing to write or to compare
     try:
         if logs:
             rows = table(logs)
