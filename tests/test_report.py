@@ -747,6 +747,10 @@ def test_files_that_are_no_logs_get_one_line_each_and_the_others_are_reported(tm
         and "No such file" in lines[5]
     )
     assert "| 9    | 40" in captured.out
+    target = tmp_path / "t.csv"
+    for option in ("--csv", "--update", "--plot", "--submission"):
+        assert report.main([str(tmp_path / "missing"), option, str(target)]) == 2
+        assert not target.exists() and "No such file" in capsys.readouterr().err
     assert report.main([]) == 2
 
 
