@@ -998,6 +998,7 @@ from torch import Tensor, nn  # noqa: E402
 MAGIC = b"PGSLOT\x02\n"
 EXPANSION = 64  # a body may expand to so many times its LZMA, and always to 32 MiB
 STREAMS = 8
+HEADER_BYTES = 2**20  # that a header may take, and an eighth of its file more: JSON grows when read
 # Weights do not repeat: one literal context and a short search do as well as preset 6 in half the
 # time.
 LZMA_FILTERS = [
@@ -1007,6 +1008,7 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.int8, torch.uint8, torch.int16, torch.half, torch.float, torch.double)
 }
+Claims = dict[str, tuple[torch.dtype, list[int]]]  # dtype and shape by name of a tensor
 
 
 def seal(
@@ -1041,76 +1043,116 @@ def compress(raw: bytes) -> bytes:
         return b"".join(pool.map(stream, range(0, len(raw), size)))
 
 
-def expand(data: bytes | bytearray | memoryview) -> bytearray:
-    """Raw bytes of LZMA streams, capped before they are made. Raises ValueError or LZMAError."""
+def expand(data: bytes | bytearray | memoryview, most: int) -> bytearray:
+    """The first `most` raw bytes of LZMA streams, or all if there are fewer.
+
+    Raises ValueError or LZMAError.
+    """
+    if most > max(EXPANSION * len(data), 2**25):
+        raise ValueError(f"its LZMA grows over {EXPANSION} times")
     raw = bytearray()
-    most = max(EXPANSION * len(data), 2**25)
     for _ in range(STREAMS):
         decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**27)
         raw += decoder.decompress(data, most - len(raw))
         data = decoder.unused_data
-        if not decoder.eof or not data:
+        if len(raw) == most or not (decoder.eof and data):
             break
-    if not decoder.eof or data:
-        raise ValueError(
-            f"its LZMA is cut off, followed by something, or grows over {EXPANSION} times"
-        )
+    if len(raw) < most and (data or not decoder.eof):
+        raise ValueError("its LZMA is cut off, or followed by something")
     return raw
 
 
-def unseal(
-    data: bytes | bytearray, decode_body: Callable[[memoryview], Any] = memoryview
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(header, tensors by name, views) of a file. Raises ValueError, or others of its readers."""
+def first_bytes(data: bytes | bytearray | memoryview, most: int) -> memoryview:
+    """The first `most` bytes of what is not packed, or all if there are fewer."""
+    return memoryview(data)[:most]
+
+
+def in_words(what: object) -> str:
+    """What a file says, for a message: in one short line, without signs that a terminal obeys."""
+    text = " ".join(str(what).split()) or type(what).__name__
+    if len(text) > 250:
+        text = f"{text[:120]} ... {text[-120:]}"
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
+
+
+def is_flat(there: object) -> typing.TypeGuard[dict[str, Any]]:
+    """Whether what a file says is an object of values and flat lists, as settings are."""
+    if not isinstance(there, dict):
+        return False
+    values = [v for value in there.values() for v in (value if type(value) is list else [value])]
+    return not any(isinstance(value, (dict, list)) for value in values)
+
+
+def is_name(there: object) -> bool:
+    """Whether what a file says can be a tensor's name."""
+    return isinstance(there, str) and bool(re.fullmatch(r"[\w.]{1,200}", there, re.ASCII))
+
+
+def is_shape(there: object) -> bool:
+    """Whether what a header says can be a shape: whole numbers from 1 on, also none at all."""
+    if not isinstance(there, list) or len(there) > 8:
+        return False
+    return all(type(size) is int and 0 < size < 2**40 for size in there)
+
+
+def no_number(name: str) -> None:
+    """Refuse the NaN and Infinity of Python's JSON. Raises ValueError."""
+    raise ValueError(f"its header has {name} for a number")
+
+
+def read_header(
+    data: bytes | bytearray, decode: Callable[[memoryview, int], Any] = first_bytes
+) -> tuple[dict[str, Any], Claims, int]:
+    """(header, what it claims of tensors, bytes of the body before them) of a file.
+
+    Nothing is allocated for what is only claimed. Raises ValueError, or others of its readers.
+    """
     content = memoryview(data)[40:]
     if data[:8] != MAGIC or hashlib.sha256(content).digest() != data[8:40]:
         raise ValueError("wrong checksum")
-    body = decode_body(content)
-    at = 4 + int.from_bytes(body[:4], "little")
-    header = json.loads(bytes(body[4:at]))
+    start = 4 + int.from_bytes(decode(content, 4), "little")
+    if start > HEADER_BYTES + len(content) // 8:
+        raise ValueError(f"its header claims {start} bytes")
+    header = json.loads(bytes(decode(content, start))[4:], parse_constant=no_number)
+    if not isinstance(header, dict) or not isinstance(header.get("tensors"), list):
+        raise ValueError("its header is no object with tensors")
+    claims: Claims = {}
+    for row in header["tensors"]:
+        match row:
+            case [name, str(dtype), shape] if (
+                is_name(name) and name not in claims and dtype in DTYPES and is_shape(shape)
+            ):
+                claims[name] = DTYPES[dtype], shape
+            case _:
+                raise ValueError(f"its header has the tensor {row}, or has it twice")
+    return header, claims, start
+
+
+def unseal(
+    data: bytes | bytearray, decode: Callable[[memoryview, int], Any] = first_bytes
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(header, tensors by name, views) of a file. Raises ValueError, or others of its readers."""
+    header, claims, start = read_header(data, decode)
+    size = start + sum(math.prod(shape) * dtype.itemsize for dtype, shape in claims.values())
+    body = decode(memoryview(data)[40:], size + 1)
+    if len(body) != size:
+        raise ValueError(f"its header claims {size} bytes, it has {min(len(body), size + 1)}")
     tensors: dict[str, Tensor] = {}
-    for name, dtype, shape in header["tensors"]:
+    at = start
+    for name, (dtype, shape) in claims.items():
         n = math.prod(shape)
-        if name in tensors or n < 1:
-            raise ValueError(f"tensor {name} is empty or there twice")
-        flat = torch.frombuffer(body, dtype=DTYPES[dtype], count=n, offset=at)
-        tensors[name] = flat.view(shape)
-        at += n * DTYPES[dtype].itemsize
-    if at != len(body):
-        raise ValueError(f"{len(body) - at} bytes too many")
+        tensors[name] = torch.frombuffer(body, dtype=dtype, count=n, offset=at).view(shape)
+        at += n * dtype.itemsize
+    check_finite(tensors)
     return header, tensors
 
 
-def copy_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str | Path) -> None:
-    """Copy state into own, both by name. Raises BadInput unless names and shapes fit."""
-    there, here = ({n: list(t.shape) for n, t in x.items()} for x in (state, own))
-    wrong = [
-        f"{n} is {there.get(n, 'missing')}, the settings make it {here.get(n, 'nothing')}"
-        for n in sorted(there.keys() | here)
-        if there.get(n) != here.get(n)
-    ]
-    if wrong:
-        raise BadInput(
-            f"{where}: does not fit: {'; '.join(wrong[:3])}{' ...' if wrong[3:] else ''}. Set"
-            " NUM_LAYERS and others as trained."
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
-
-
-def copy_what_both_have(
-    own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str | Path
-) -> set[str]:
-    """Copy tensors of names that are in state and own; their names.
-
-    Raises BadInput if there are none, or their shapes differ.
-    """
-    both = own.keys() & state.keys()
-    if not both:
-        raise BadInput(f"{where}: has no tensor of this model; give a checkpoint of such a one.")
-    copy_tensors({n: own[n] for n in both}, {n: state[n] for n in both}, where)
-    return both
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a NaN or an infinite number."""
+    for name, tensor in tensors.items():
+        ends = torch.stack(tensor.aminmax())  # a NaN is both; isfinite() of all would take room
+        if not ends.isfinite().all():
+            raise ValueError(f"{name} has a number that is not finite")
 
 
 # ==================================================================================================
@@ -1324,6 +1366,18 @@ FORMATS = {
 }
 
 
+def read_row(line: str) -> dict[str, Any]:
+    """Figures of a line of metrics.jsonl. Raises ValueError unless a run can have written it."""
+    row = json.loads(line)
+    if not is_flat(row) or not isinstance(row.get("label"), str):
+        raise ValueError(f"metrics.jsonl has the line {line}")
+    for name in ("eval_time", "compile_time"):
+        ms = row.get(name, 0.0)
+        if not isinstance(ms, float) or not 0 <= ms < math.inf:
+            raise ValueError(f"metrics.jsonl has {name}:{ms} for {row['label']}")
+    return row
+
+
 class RunLog:
     """logs/RUN_ID.txt and logs/RUN_ID/metrics.jsonl, of rank 0; the lines that other ranks share.
 
@@ -1384,11 +1438,11 @@ class RunLog:
                 part.unlink()
             for path, file in ((text, self.text), (figures, self.figures)):
                 file.truncate(path.read_bytes().rfind(b"\n") + 1)
-            rows = [json.loads(line) for line in figures.read_text().splitlines()]
-        except (OSError, ValueError) as why:
+            rows = [read_row(line) for line in figures.read_text().splitlines()]
+        except (OSError, ValueError, RecursionError) as why:
             raise BadInput(
-                f"RUN_ID={self.name}: {why}; run where logs/ can be made and are whole, or choose"
-                " another."
+                f"RUN_ID={self.name}: {in_words(why)}; run where logs/ can be made and are whole,"
+                " or choose another."
             ) from None
         if rows:
             self.rows = {row["label"]: row for row in rows}
@@ -1434,14 +1488,15 @@ class RunLog:
     def check_settings(self, there: Mapping[str, Any], where: str | Path) -> None:
         """Raises BadInput naming the settings that were others there."""
         wrong = [
-            f"{name}={shown(value)} (there {shown(there.get(name))})"
+            f"{name}={shown(value)} (there {in_words(shown(there.get(name)))})"
             for name, value in self.settings.items()
             if shown(there.get(name)) != shown(value) and name not in ("RESUME", "SAVE_EVERY")
         ]
         if wrong:
+            more = f" and {len(wrong) - 9} more" if wrong[9:] else ""
             raise BadInput(
-                f"{where}: was begun with other settings: {' '.join(wrong)}. Set them as they were,"
-                " or choose another RUN_ID."
+                f"{where}: was begun with other settings: {' '.join(wrong[:9])}{more}. Set them as"
+                " they were, or choose another RUN_ID."
             )
 
     def append(self, file: typing.TextIO | None, text: str) -> None:
@@ -1544,11 +1599,14 @@ class CheckpointStore:
             lambda: write_file(path, seal(header, now), self.log.remedy())
         )
 
-    def restore(self, kind: str) -> dict[str, Tensor]:
+    def restore(
+        self, kind: str, check: Callable[[Mapping[str, Tensor]], None]
+    ) -> dict[str, Tensor]:
         """Tensors of the newest whole file of a kind, for all ranks; {} if there is none.
 
-        Raises BadInput for one of other settings, and if none of a run's checkpoints is whole; a
-        damaged file of another kind costs what it held.
+        A file is whole if it can be read and check() does not raise ValueError. Raises BadInput for
+        one of other settings, and if none of a run's checkpoints is whole; a damaged file of
+        another kind costs what it held.
         """
         data: bytes | bytearray = b""
         damaged: list[Path] = []
@@ -1556,10 +1614,16 @@ class CheckpointStore:
         for path in reversed(paths):
             try:
                 data = bytearray(path.read_bytes())
-                there = unseal(data)[0]["settings"]
+                header, tensors = unseal(data)
+                if not is_flat(header["settings"]):
+                    raise ValueError("its settings are no settings")
+                self.log.check_settings(header["settings"], path)
+                check(tensors)
                 break
+            except BadInput:
+                raise
             except Exception as why:  # damage makes the readers raise all sorts
-                self.log.line(f"{path}: damaged: {why}")
+                self.log.line(f"{path}: damaged: {in_words(why)}")
                 data = b""
                 damaged.append(path)
         if paths and not data and kind == "checkpoint":
@@ -1567,7 +1631,6 @@ class CheckpointStore:
                 f"RUN_ID={self.log.name}: no {kind} of it is whole; choose another RUN_ID."
             )
         if data:
-            self.log.check_settings(there, path)
             self.log.line(f"resuming from {path}")
         for bad in damaged:  # or save() would take it for the one to keep
             bad.rename(f"{bad}.damaged")
@@ -1610,8 +1673,13 @@ SCAN_LIMIT = 2**29  # bytes of a split up to which all token ids are checked at 
 
 def open_shard(path: Path, vocab_size: int, scan: bool) -> np.memmap:
     """Memory map [n] uint16 of a shard; scan: check its ids too. Raises BadInput."""
-    size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=256)
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=256)
+    except OSError as why:
+        raise BadInput(
+            f"{path}: {why.strerror}; a shard must be a file that can be read."
+        ) from None
     if len(header) < 256 or header[:2].tolist() != SHARD_START:
         raise BadInput(
             f"{path}: {size} bytes, starts {header[:2].tolist()}; a shard has 1024 bytes of header"
@@ -1631,9 +1699,9 @@ def open_shard(path: Path, vocab_size: int, scan: bool) -> np.memmap:
 
 def check_ids(tokens: np.ndarray, where: str | Path, vocab_size: int) -> None:
     """Raises BadInput for an id outside the vocabulary."""
-    outside = np.flatnonzero(tokens >= vocab_size)
-    if len(outside):
-        at = int(outside[0])
+    outside = tokens >= vocab_size
+    if outside.any():
+        at = int(outside.argmax())  # flatnonzero() would list all of them
         raise BadInput(
             f"{where}: token id {int(tokens.ravel()[at])} at position {at};"
             f" VOCAB_SIZE={vocab_size} allows 0 to {vocab_size - 1}. Use the tokenizer of these"
@@ -1817,6 +1885,8 @@ class ByteCounts:
             self.boundary[i] = sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
             if not self.boundary[i]:
                 piece = sp.id_to_piece(i).replace("\u2581", " ")  # SentencePiece's sign for a space
+                if len(piece.encode()) > 255:
+                    raise BadInput(f"TOKENIZER_PATH={path}: piece {i} has over 255 bytes.")
                 self.space[i] = piece.startswith(" ")
                 self.size[i] = 1 if sp.is_byte(i) else len(piece.encode()) - self.space[i]
 
@@ -2041,9 +2111,10 @@ def attention_kernel(name: str, c: Config, ranks: Ranks) -> str:
     if name != "sdpa" or ranks.device.type == "mps":
         return name
     kv_heads = c.num_heads if repeats_heads(ranks.device, ranks.dtype) else c.num_kv_heads
+    length = c.eval_seq_len if c.load_artifact else c.train_seq_len
     q, k = (
         torch.empty(
-            (1, heads, c.train_seq_len, c.model_dim // c.num_heads),
+            (1, heads, length, c.model_dim // c.num_heads),
             dtype=ranks.dtype,
             device=ranks.device,
             requires_grad=True,
@@ -2258,8 +2329,8 @@ class GPT(nn.Module):
         rotated = c.rope_dims or c.model_dim // c.num_heads
         stretch = max(1.0, c.train_seq_len / c.rope_train_len)
         base = c.rope_base * (stretch ** (rotated / (rotated - 2)) if rotated > 2 else 1)
-        # an artifact only claims its TRAIN_SEQ_LEN: nothing so long is allocated for it
-        trained = min(c.train_seq_len, 2**16) if c.load_artifact else c.train_seq_len
+        # an artifact is not trained, and only claims its TRAIN_SEQ_LEN: that makes nothing long
+        trained = 0 if c.load_artifact else c.train_seq_len
         positions = torch.arange(max(c.eval_seq_len, trained)).double()
         frequencies = base ** (-torch.arange(0, rotated, 2).double() / rotated)
         angles = torch.outer(positions, frequencies).unsqueeze(1)
@@ -2377,6 +2448,107 @@ def compile_model(model: GPT) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{home}/.cache/train_gpt")
     for name in ("hidden", "forward"):
         setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
+
+
+Shapes = Mapping[str, Sequence[int]]  # by name of a tensor
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
+    """Shapes by name."""
+    return {name: [*tensor.shape] for name, tensor in tensors.items()}
+
+
+def model_shapes(c: Config) -> Shapes:
+    """Shapes of all tensors of a model, banks whole and in matrices. Nothing is allocated."""
+    with torch.device("meta"):
+        state = GPT(c).state_dict()
+    return shapes_of({**state, **split_banks(state, c.num_layers)})
+
+
+def misfits(own: Shapes, there: Shapes) -> list[str]:
+    """Names of tensors that are not in both, or not of one shape."""
+    return [name for name in sorted({*own, *there}) if own.get(name) != there.get(name)]
+
+
+def misfit(own: Shapes, there: Shapes) -> str:
+    """What does not fit, in words; "" if all does."""
+    wrong = misfits(own, there)
+    told = [
+        f"{in_words(name)} is {there.get(name, 'missing')}, the settings make it"
+        f" {own.get(name, 'nothing')}"
+        for name in wrong[:3]
+    ]
+    return f"does not fit: {'; '.join(told)}{' ...' if wrong[3:] else ''}" if wrong else ""
+
+
+def kinds_of_misfit(own: Shapes, there: Shapes) -> set[tuple[str, str]]:
+    """(name, what of it differs) of misfits: with no prefix of a checkpoint's, any layer as one."""
+    found = set()
+    for name in misfits(own, there):
+        a, b = own.get(name, ()), there.get(name, ())
+        differs = "rank"
+        if name not in own or name not in there:
+            differs = "presence"
+        elif len(a) == len(b):
+            differs = str([k for k in range(len(a)) if a[k] != b[k]])
+        base = re.sub(r"^(ema|swa|lawa\d+|momentum|exp_avg|exp_avg_sq|step|grid)\.", "", name)
+        found.add((re.sub(r"\d+", "@", base), differs))
+    return found
+
+
+def settings_behind(c: Config, own: Shapes, there: Shapes) -> str:
+    """The settings that shapes of another model point to, found by trying other values of each.
+
+    Own shapes are those of c. Of settings that explain as much, the one that moves least is taken.
+    """
+    base, moved = model_shapes(c), {}
+    for s in (SETTINGS[name] for name in MODEL_SETTINGS):
+        value = getattr(c, s.name.lower())
+        others: list[Any] = [not value]
+        if s.kind == "ints":
+            others = [(), tuple(range(c.num_layers))]
+        elif s.kind in ("int", "float"):
+            others = [n for n in (0, value - 1, value + 1) if s.low <= n <= s.high]
+        tried = [dataclasses.replace(c, **{s.name.lower(): other}) for other in others]
+        moved[s.name] = set().union(*(kinds_of_misfit(base, model_shapes(x)) for x in tried))
+    wrong = kinds_of_misfit(own, there)
+    found: list[str] = []
+    while True:
+        best = max(moved, key=lambda name: (len(moved[name] & wrong), -len(moved[name])))
+        if not moved[best] & wrong:
+            return " and ".join(found) or "the model's settings"
+        found.append(best)
+        wrong -= moved[best]
+
+
+def copy_tensors(
+    c: Config, own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str | Path
+) -> None:
+    """Copy state into own, both by name and of a model of c. Raises BadInput if they do not fit."""
+    shapes = shapes_of(own), shapes_of(state)
+    wrong = misfit(*shapes)
+    if wrong:
+        raise BadInput(f"{where}: {wrong}. Set {settings_behind(c, *shapes)} as trained.")
+    for name, tensor in own.items():
+        if tensor.dtype != state[name].dtype:
+            raise BadInput(f"{where}: {name} is {state[name].dtype}, not {tensor.dtype}.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def copy_what_both_have(
+    c: Config, own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str | Path
+) -> set[str]:
+    """Copy tensors of names that are in state and own; their names.
+
+    Raises BadInput if there are none, or their shapes differ.
+    """
+    both = own.keys() & state.keys()
+    if not both:
+        raise BadInput(f"{where}: has no tensor of this model; give a checkpoint of such a one.")
+    copy_tensors(c, {n: own[n] for n in both}, {n: state[n] for n in both}, where)
+    return both
 
 
 # ==================================================================================================
@@ -3249,39 +3421,98 @@ def refuse_cap(c: Config, model: GPT) -> None:
         )
 
 
+def artifact_settings(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of Config from an artifact's header. Raises ValueError."""
+    there, found = header.get("model"), {}
+    if not is_flat(there) or there.keys() != {*MODEL_SETTINGS}:
+        raise ValueError("it has other settings than this version")
+    for name, value in there.items():
+        try:
+            found[name.lower()] = parse_value(SETTINGS[name], shown(value))
+        except ValueError as why:
+            raise ValueError(f"{name}={shown(value)}: {why}") from None
+        if json.dumps(found[name.lower()]) != json.dumps(value):
+            raise ValueError(f"its {name} is {value!r}")  # "8" or true for 8
+    return found
+
+
+def matrix_shapes(header: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """Shapes by name of an artifact's quantised matrices, in order. Raises ValueError."""
+    there = header.get("matrices")
+    found: dict[str, Sequence[int]] = {}
+    for row in there if isinstance(there, list) else [there]:
+        match row:
+            case [name, [_, _] as shape] if is_name(name) and is_shape(shape) and name not in found:
+                found[name] = shape
+            case _:
+                raise ValueError(f"its header has the matrix {row}, or has it twice")
+    return found
+
+
+def artifact_shapes(header: Mapping[str, Any], claims: Claims, size: int) -> Shapes:
+    """Shapes by name of all weights of an artifact of `size` bytes, by its header alone.
+
+    Raises ValueError unless its counts agree with one another and with what pack() writes.
+    """
+    step = header.get("step")
+    if not isinstance(step, float) or not 0 <= step < math.inf:
+        raise ValueError(f"its step is {step}")
+    shapes = matrix_shapes(header)
+    rows, columns = (sum(shape[k] for shape in shapes.values()) for k in (0, 1))
+    n = sum(math.prod(shape) for shape in shapes.values())
+    if n > EXPANSION * size + 2**25:
+        raise ValueError(f"{n} levels, more than a file of {size} bytes may claim")
+    parts = {
+        "rows": [(torch.int8, [rows]), (torch.half, [rows])],
+        "columns": [(torch.int8, [columns])],
+    }
+    if "codes" in claims:
+        states = 2 * lane_count(n)  # in words, of which a level takes one at most
+        dtype, (words, *more) = claims["codes"]
+        fits = dtype == torch.uint8 and not more and 2 * states <= words <= 2 * (states + n)
+        parts["codes"] = [claims["codes"]] if fits and words % 2 == 0 else []
+        parts["spreads"] = [(torch.int8, [rows + columns])]
+        parts["table"] = [(torch.int16, [DISTRIBUTIONS, SYMBOLS])]
+    else:
+        parts["levels"] = [(torch.int8, [n])]
+    for name, allowed in parts.items():
+        if claims.get(name) not in allowed:
+            raise ValueError(f"its {name} is {claims.get(name)}: not what its matrices need")
+    for name, (dtype, shape) in claims.items():
+        if name not in parts:
+            if name in shapes or dtype not in (torch.half, torch.float):
+                raise ValueError(f"its {name} is a matrix too, or of {dtype}")
+            shapes[name] = shape
+    return shapes
+
+
 def unpack_matrices(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """fp32 matrices by name of an artifact, whose parts are taken out of tensors.
 
-    Raises ValueError and others.
+    Counts must have been checked. Raises ValueError for codes that are not rans_encode's.
     """
-    shapes = [shape for _, shape in header["matrices"]]
-
-    def parts(name: str, sizes: list[int]) -> Sequence[Tensor]:
-        return tensors.pop(name).split(sizes)
-
+    shapes = matrix_shapes(header)
+    sizes = [*shapes.values()]
     if "codes" in tensors:
-        most = EXPANSION * len(tensors["codes"]) + 2**25  # before anything is allocated
-        if sum(math.prod(shape) for shape in shapes) > most:
-            raise ValueError("more levels than codes of this size may claim")
-        spread = parts("spreads", [rows + columns for rows, columns in shapes])
+        spread = tensors.pop("spreads").split([rows + columns for rows, columns in sizes])
         which = torch.cat(
             [
-                distributions(own, rows).flatten()
-                for own, (rows, _) in zip(spread, shapes, strict=True)
+                distributions(own, rows).flatten().to(torch.uint8)
+                for own, (rows, _) in zip(spread, sizes, strict=True)
             ]
         )
         table = tensors.pop("table").numpy().astype(np.int64)
         symbols = rans_decode(tensors.pop("codes").numpy(), which.numpy(), table)
-        tensors["levels"] = torch.from_numpy(symbols) - SYMBOLS // 2
+        tensors["levels"] = torch.from_numpy(symbols).sub_(SYMBOLS // 2)
     matrices = zip(
-        header["matrices"],
-        parts("levels", [rows * columns for rows, columns in shapes]),
-        parts("rows", [rows for rows, _ in shapes]),
-        parts("columns", [columns for _, columns in shapes]),
+        shapes.items(),
+        tensors.pop("levels").split([rows * columns for rows, columns in sizes]),
+        tensors.pop("rows").split([rows for rows, _ in sizes]),
+        tensors.pop("columns").split([columns for _, columns in sizes]),
         strict=True,
     )
     return {
-        name: levels.view(shape) * spacing(rows, columns, header["step"])
+        name: spacing(rows, columns, header["step"]).mul_(levels.view(shape))
         for (name, shape), levels, rows, columns in matrices
     }
 
@@ -3293,9 +3524,51 @@ def unpack(data: bytes | bytearray) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if data[:8] != MAGIC:
         return unpack_lineage(data), {}
+    header, claims, _ = read_header(data, expand)
+    artifact_settings(header)
+    artifact_shapes(header, claims, len(data))
     header, tensors = unseal(data, expand)
     matrices = unpack_matrices(header, tensors)
+    check_finite(matrices)
     return matrices | {name: t.float() for name, t in tensors.items()}, header["model"]
+
+
+# What a torch.save of the lineage needs of Python: tensors, and dicts of them.
+LINEAGE_WORDS = (
+    r"torch (Char|Half|BFloat16|Float)Storage|torch\._utils _rebuild_tensor_v2"
+    r"|collections OrderedDict"
+)
+
+
+def lineage_archive(raw: bytearray) -> BytesIO:
+    """A torch.save, written anew after a look at its parts. Raises ValueError and others.
+
+    torch's weights-only reader runs no code, but would allocate what a zip or a pickle asks for.
+    """
+    import pickletools
+    import zipfile
+
+    if raw.count(b"PK\1\2") > 10**4:
+        raise ValueError("its archive has too many parts")
+    with zipfile.ZipFile(BytesIO(raw)) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type for part in parts) or (
+            sum(part.file_size for part in parts) > len(raw)
+        ):
+            raise ValueError("its archive is packed, or larger than it is")
+        files = {part.filename: archive.read(part) for part in parts}
+    for pickled in (content for name, content in files.items() if name.endswith("data.pkl")):
+        if len(pickled) > HEADER_BYTES:
+            raise ValueError("its pickle is too long")
+        for op, word, _ in pickletools.genops(pickled):
+            if op.name == "GLOBAL" and not re.fullmatch(LINEAGE_WORDS, str(word)):
+                raise ValueError(f"its pickle has {word}")
+    clean = BytesIO()
+    with zipfile.ZipFile(clean, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    clean.seek(0)
+    return clean
 
 
 def unpack_lineage(data: bytes | bytearray) -> dict[str, Tensor]:
@@ -3303,37 +3576,60 @@ def unpack_lineage(data: bytes | bytearray) -> dict[str, Tensor]:
 
     Raises ValueError and others.
     """
-    tensors = torch.load(BytesIO(expand(data)), map_location="cpu", weights_only=True)["w"]
-    if any(t.untyped_storage().nbytes() < t.numel() * t.element_size() for t in tensors.values()):
-        raise ValueError("a tensor overlaps itself")
+    most = 16 * len(data)  # weights of a pickle are there one by one: twice or three times
+    raw = expand(data, most)
+    if len(raw) == most:
+        raise ValueError("its LZMA grows over 16 times")
+    tensors = torch.load(lineage_archive(raw), map_location="cpu", weights_only=True)["w"]
+    dtypes = (torch.int8, torch.half, torch.bfloat16, torch.float)
+    for name, t in tensors.items():
+        if not is_name(name) or type(t) is not Tensor or t.dtype not in dtypes or not t.numel():
+            raise ValueError(f"{name} is no tensor of weights")
+    if sum(t.numel() * t.element_size() for t in tensors.values()) > len(raw):
+        raise ValueError("tensors overlap")
     found = {}
     for name, t in tensors.items():
         if name.endswith(".q"):
+            if f"{name[:-1]}scale" not in tensors:
+                raise ValueError(f"{name} has no scale")
             scale = tensors[f"{name[:-1]}scale"].float()
             by_row = scale.view(-1, *[1] * (t.dim() - 1)).expand_as(t)
             found[name.removesuffix(".q")] = t.float() * by_row
         elif f"{name.removesuffix('scale')}q" not in tensors:  # the scale of a matrix is used above
             found[name] = t.float()
+    check_finite(found)
     return found
+
+
+@contextlib.contextmanager
+def refused(where: str | Path, remedy: str) -> Iterator[None]:
+    """Inside, all that reading an artifact raises becomes a BadInput with this remedy."""
+    try:
+        yield
+    except OSError as why:
+        raise BadInput(f"{where}: {why.strerror}; give the path of a final_model.ptz.") from None
+    except Exception as why:  # damage makes the readers raise all sorts
+        raise BadInput(f"{where}: damaged, or no artifact: {in_words(why)}. {remedy}.") from None
 
 
 @CONSOLE.doing("reading the artifact")
 def read_artifact(c: Config) -> tuple[Config, dict[str, Tensor]]:
-    """(Config with its settings, tensors by name) of LOAD_ARTIFACT. Raises BadInput."""
-    where = f"LOAD_ARTIFACT={c.load_artifact}"
-    try:
-        state, there = unpack(Path(c.load_artifact).read_bytes())
-        if there and there.keys() != {*MODEL_SETTINGS}:
-            raise ValueError("it has other settings than this version")
-        values = {
-            name.lower(): parse_value(SETTINGS[name], shown(value)) for name, value in there.items()
-        }
-    except OSError as why:
-        raise BadInput(f"{where}: {why.strerror}; give the path of a final_model.ptz.") from None
-    except Exception as why:  # damage makes the readers raise all sorts
-        raise BadInput(
-            f"{where}: damaged, or no artifact: {str(why)[:160]}. Export it again."
-        ) from None
+    """(Config with its settings, tensors by name) of LOAD_ARTIFACT. Raises BadInput.
+
+    Nothing is unpacked before its settings and shapes have been checked.
+    """
+    where, remedy = f"LOAD_ARTIFACT={c.load_artifact}", "Export it again"
+    values: dict[str, Any] = {}
+    state: dict[str, Tensor] = {}
+    with refused(where, remedy):
+        data = Path(c.load_artifact).read_bytes()
+        if data[:8] == MAGIC:
+            header, claims, _ = read_header(data, expand)
+            values = artifact_settings(header)
+            shapes = artifact_shapes(header, claims, len(data))
+        else:
+            state = unpack_lineage(data)
+            shapes = shapes_of(state)
     clash = [
         f"{name.upper()}={shown(getattr(c, name))} (there {shown(value)})"
         for name, value in values.items()
@@ -3343,17 +3639,26 @@ def read_artifact(c: Config) -> tuple[Config, dict[str, Tensor]]:
     problems = clash or cross_check(c)
     if problems:
         raise BadInput(
-            f"{where}: was made with other settings: {' '.join(problems)}. Unset them: the artifact"
-            " knows."
+            f"{where}: was made with other settings: {' '.join(map(in_words, problems[:9]))}. Unset"
+            " them: the artifact knows."
         )
+    if values and c.num_layers > len(shapes):
+        raise BadInput(f"{where}: does not fit: {len(shapes)} tensors in all. {remedy}.")
     with torch.device("meta"):  # nothing is allocated for sizes that the file only claims
-        load_state(GPT(c), state, where)
+        own = shapes_of(split_banks(GPT(c).state_dict(), c.num_layers))
+    wrong = misfit(own, shapes)
+    if wrong and values:
+        raise BadInput(f"{where}: {wrong}. {remedy}.")
+    if wrong:
+        raise BadInput(f"{where}: {wrong}. Set {settings_behind(c, own, shapes)} as trained.")
+    with refused(where, remedy):
+        state = state or unpack(data)[0]
     return c, state
 
 
 def load_state(model: GPT, state: Mapping[str, Tensor], where: str | Path) -> None:
     """Copy an artifact's tensors into the model. Raises BadInput unless they fit."""
-    copy_tensors(split_banks(model.state_dict(), model.c.num_layers), state, where)
+    copy_tensors(model.c, split_banks(model.state_dict(), model.c.num_layers), state, where)
 
 
 @CONSOLE.doing("quantising")
@@ -3388,7 +3693,8 @@ def read_export(run: Run) -> bytes | bytearray:
         path = run.log.folder / "final_model.ptz"
         with contextlib.suppress(OSError):
             data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != run.log.rows["artifact_file"]["sha256"]:
+        there = run.log.rows.get("artifact_file", {})
+        if hashlib.sha256(data).hexdigest() != there.get("sha256"):
             run.log.line(f"{path}: is not what this run wrote; exporting the last checkpoint again")
             data = b""
     return run.ranks.share(data)
@@ -4101,17 +4407,49 @@ class PassCheckpoint:
         self.last = perf_counter()
         self.poll = Poll(run.ranks)
 
-    def resume(self, out: Tensor, live: Mapping[str, Tensor], watch: Stopwatch) -> int:
-        """The window to go on with, after taking in the newest file, if there is one."""
-        tensors = self.run.store.restore(self.kind)
-        if not tensors:
-            return 0
+    def own(
+        self, there: Mapping[str, Tensor], out: Tensor, live: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Tensors by name that a file's are restored into."""
         counters = torch.zeros(len(out) + 2, dtype=torch.double)
-        n = tensors["nats"].size(-1) if "nats" in tensors else 0
-        own = {**live, "counters": counters, "nats": out[:, :n]}
-        copy_tensors(own, tensors, self.kind)
+        return {**live, "counters": counters, "nats": out[:, : there["nats"].size(-1)]}
+
+    def check(
+        self,
+        there: Mapping[str, Tensor],
+        *,
+        out: Tensor,
+        before: np.ndarray,
+        live: Mapping[str, Tensor],
+    ) -> None:
+        """Raises ValueError for a file that this pass cannot have written."""
+        own = self.own(there, out, live)
+        wrong = misfits(shapes_of(own), shapes_of(there))
+        wrong += [name for name in own if not wrong and own[name].dtype != there[name].dtype]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is not of this pass")
+        window, *times = there["counters"].tolist()
+        whole = window.is_integer() and 0 <= window < len(before)
+        if not whole or min(times) < 0:
+            raise ValueError(f"its counters are {[window, *times]}")
+        if there["nats"].size(-1) != before[int(window)]:
+            raise ValueError("its nats are not those of the windows before")
+
+    def resume(
+        self, out: Tensor, before: np.ndarray, live: Mapping[str, Tensor], watch: Stopwatch
+    ) -> int:
+        """The window to go on with, after taking in the newest file, if there is one.
+
+        before [windows]: targets that are scored before each.
+        """
+        check = functools.partial(self.check, out=out, before=before, live=live)
+        there = self.run.store.restore(self.kind, check)
+        if not there:
+            return 0
+        own = self.own(there, out, live)
+        copy_tensors(self.c, own, there, self.kind)
         out *= self.run.ranks.rank == 0  # ranks sum it in the end
-        window, elapsed, compiling, *spent = counters.tolist()
+        window, elapsed, compiling, *spent = own["counters"].tolist()
         watch.resume(elapsed, compiling, spent)
         return int(window)
 
@@ -4302,15 +4640,16 @@ def score(
     shown_at = perf_counter()
     resumed = 0  # the window to go on with
     live = work.live_tensors()
+    before = work.starts + work.firsts  # targets before each window
     if ranks.compile:
         watch.leave_out(prime_pass(work))
     if checkpoint:
-        resumed = checkpoint.resume(out, live, watch)
+        resumed = checkpoint.resume(out, before, live, watch)
     for chunk in range(work.chunks):
         begin, end = np.searchsorted(work.chunk_of, [chunk, chunk + 1]).tolist()
         for b in range(max(begin, resumed), end, ranks.world * size):
             if checkpoint:
-                checkpoint.mark(b, out[:, : work.starts[b] + work.firsts[b]], live, watch)
+                checkpoint.mark(b, out[:, : before[b]], live, watch)
             first = min(b + ranks.rank * size, end)  # some ranks have none at the end
             windows = slice(first, min(first + size, end))
             watch.moments.append(score_batch(work, windows))
@@ -4335,9 +4674,16 @@ def score(
     return [(out[k], total - spent.sum() + spent[k]) for k in range(len(jobs))]
 
 
-def mean_and_bpb(val: ValData, nats: Tensor) -> tuple[float, float]:
-    """(nats a token, bits a byte) of nats [N]."""
-    loss = nats.cpu().double().mean().item()
+def mean_and_bpb(val: ValData, nats: Tensor, label: str) -> tuple[float, float]:
+    """(nats a token, bits a byte) of nats [N] of a result. Raises Fault if they are not finite."""
+    nats = nats.cpu().double()
+    loss = nats.mean().item()
+    if not math.isfinite(loss):
+        wrong = int((~nats.isfinite()).sum())
+        raise Fault(
+            f"{label}: no score: {wrong} of {val.n} targets have NaN or infinite nats; the weights,"
+            " or what was fitted while scoring, are too large. Take other weights or lower rates."
+        )
     return loss, loss / math.log(2) * val.n / val.total_bytes
 
 
@@ -4390,7 +4736,7 @@ def log_result(
     c: Config, run: Run, val: ValData, weights: str, label: str, *, nats: Tensor, seconds: float
 ) -> None:
     """Log the result line of an evaluator; with SAVE_NLL an artifact's nats are kept."""
-    loss, bpb = mean_and_bpb(val, nats)
+    loss, bpb = mean_and_bpb(val, nats, f"final_{weights}_{label}")
     broken = broken_conditions(c, label)
     if c.save_nll and run.ranks.rank == 0 and weights == "artifact":
         buffer = BytesIO()
@@ -4604,9 +4950,9 @@ class TrainingState:
         Raises BadInput for a checkpoint of another model.
         """
         own = self.tensors()
-        there = run.store.restore("checkpoint")
+        there = run.store.restore("checkpoint", check_counters)
         if there:
-            copy_tensors(own, there, "checkpoint")
+            copy_tensors(self.c, own, there, "checkpoint")
         else:
             there = read_checkpoint(self.c.load_checkpoint)
             if not there:
@@ -4631,7 +4977,7 @@ class TrainingState:
         grid = {name for name in {*own, *there} if name.startswith("grid.")}
         without_grid = {name: tensor for name, tensor in own.items() if name not in grid}
         where = f"LOAD_CHECKPOINT={self.c.load_checkpoint}"
-        both = copy_what_both_have(without_grid, there, where)
+        both = copy_what_both_have(self.c, without_grid, there, where)
         own["counters"][[2, 4]] = 0.0  # QAT is off, and there is time to go on
         averages = tuple(f"{kind}." for kind in self.averages.kept)
         new = own.keys() - both - grid
@@ -4660,13 +5006,32 @@ def names_of_state(names: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
+def check_counters(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for counters of a checkpoint that no training has."""
+    counters = tensors.get("counters", torch.zeros(0))
+    if counters.dtype != torch.double or counters.shape != (5,):
+        raise ValueError("it has no counters of a training")
+    step, ms, step_size, snapshots, time_up = counters.tolist()
+    whole = step.is_integer() and snapshots.is_integer() and time_up in (0, 1)
+    if not whole or not 0 <= snapshots <= step <= MAX_INT or min(ms, step_size) < 0:
+        raise ValueError(f"its counters are {counters.tolist()}")
+    for name, tensor in tensors.items():
+        early = name.startswith("step.") and not (0 <= tensor.min() <= tensor.max() <= step)
+        if early or (name.startswith("exp_avg_sq.") and tensor.min() < 0):
+            raise ValueError(f"{name} is not of AdamW after {step:.0f} steps")
+
+
 def read_checkpoint(path: str) -> dict[str, Tensor]:
     """Tensors of LOAD_CHECKPOINT; {} if it is empty. Raises BadInput."""
+    if not path:
+        return {}
     try:
-        return unseal(bytearray(Path(path).read_bytes()))[1] if path else {}
+        tensors = unseal(bytearray(Path(path).read_bytes()))[1]
+        check_counters(tensors)
+        return tensors
     except Exception as why:  # damage makes the readers raise all sorts
         raise BadInput(
-            f"LOAD_CHECKPOINT={path}: {str(why)[:160]}; give the path of a whole"
+            f"LOAD_CHECKPOINT={path}: {in_words(why)}; give the path of a whole"
             " checkpoint.STEP.ckpt."
         ) from None
 
@@ -4707,9 +5072,10 @@ def validate(
     c = state.c
     ms = clock.now()
     nats, _ = score(run, state.model, val, [("roundtrip", c)])[0]
-    loss, bpb = mean_and_bpb(val, nats)
+    label = f"step:{step}/{c.iterations}"
+    loss, bpb = mean_and_bpb(val, nats, label)
     figures = dict(val_loss=loss, val_bpb=bpb, train_time=ms, step_avg=ms / max(step, 1))
-    run.log.metric(f"step:{step}/{c.iterations}", digits=4, **figures)
+    run.log.metric(label, digits=4, **figures)
     apart = 0.0 if train_loss is None else loss - train_loss.item()
     if apart > state.apart + APART:
         state.apart = apart
@@ -4895,7 +5261,7 @@ def carry_out(c: Config, run: Run, model: GPT, data: TrainData | None, val: ValD
     evaluate(c, run, model, val, "artifact", labels=c.evals)
     if "eval_total" not in run.log.rows:
         passes = [row for n, row in run.log.rows.items() if n.startswith("pass_artifact")]
-        total = sum(row["eval_time"] + row.get("compile_time", 0) for row in passes)
+        total = sum(row.get(name, 0) for row in passes for name in ("eval_time", "compile_time"))
         run.log.metric("eval_total", eval_time=total)
     warn_of_scores(c, run)
     if run.ranks.world > 1:
@@ -4937,9 +5303,8 @@ def refuse_checkpoint(c: Config, model: GPT | None = None) -> None:
             " give that or more."
         )
     if model is not None:
-        copy_what_both_have(
-            dict(model.named_parameters()), loaded, f"LOAD_CHECKPOINT={c.load_checkpoint}"
-        )
+        where = f"LOAD_CHECKPOINT={c.load_checkpoint}"
+        copy_what_both_have(c, dict(model.named_parameters()), loaded, where)
 
 
 def refuse_validation_text(data: TrainData, val: ValData) -> None:
@@ -4967,11 +5332,13 @@ def train_and_export(c: Config, run: Run, model: GPT, data: TrainData, val: ValD
         evaluate(c, run, model, val, "float", labels=["roundtrip"])
         export(c, run, model, calibration)
         artifact = read_export(run)
-        if before and before["sha256"] != hashlib.sha256(artifact).hexdigest():
+        if before and before.get("sha256") != hashlib.sha256(artifact).hexdigest():
             forget_scores(run)
-    state, settings = unpack(artifact)
-    load_state(model, state, run.log.folder / "final_model.ptz")
-    model.recurring = bool(c.recur_layers) and settings["RECUR_START"] == 0
+    path = run.log.folder / "final_model.ptz"
+    with refused(path, "Choose another RUN_ID"):
+        state, settings = unpack(artifact)
+        model.recurring = bool(c.recur_layers) and settings["RECUR_START"] == 0
+    load_state(model, state, path)
 
 
 def forget_scores(run: Run) -> None:

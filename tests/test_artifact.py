@@ -237,10 +237,11 @@ def test_streams_are_the_same_on_any_number_of_cores_and_no_more_than_are_read(m
         monkeypatch.setattr(t.os, "cpu_count", lambda cores=cores: cores)
         made.add(t.compress(raw))
     (blob,) = made
-    assert t.expand(blob) == raw and blob.count(b"\xfd7zXZ\0") == t.STREAMS == 8
+    assert t.expand(blob, len(raw) + 1) == raw and blob.count(b"\xfd7zXZ\0") == t.STREAMS == 8
+    assert t.expand(blob, 3 * 2**20) == raw[: 3 * 2**20]
     for wrong in (blob + t.compress(b"x"), blob[:-1], blob + b"x"):
         with pytest.raises((ValueError, t.lzma.LZMAError)):
-            t.expand(wrong)
+            t.expand(wrong, len(raw) + 1)
 
 
 @pytest.fixture

@@ -305,6 +305,6 @@ def test_a_shared_pass_gives_what_each_evaluator_gives_alone(stream):
 def test_bits_per_byte_is_nats_over_ln2_and_bytes(stream):
     _, val = stream(config(), 100)
     val.total_bytes = 250
-    assert t.mean_and_bpb(val, torch.full((100,), 2.0)) == pytest.approx(
+    assert t.mean_and_bpb(val, torch.full((100,), 2.0), "it") == pytest.approx(
         (2.0, 2.0 / math.log(2) * 100 / 250)
     )

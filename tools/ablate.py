@@ -278,7 +278,7 @@ def ablate(run, model, val, rows):
     doc, base = documents(val.tokens.cpu().numpy()), None
     for (name, label, c, family, grid), (nats, seconds) in zip(rows, scored):
         base = nats if base is None else base
-        loss, bpb = t.mean_and_bpb(val, torch.from_numpy(nats))
+        loss, bpb = t.mean_and_bpb(val, torch.from_numpy(nats), f"ablate_{name}")
         diff, low, high = interval(nats, base, doc, val.bytes)
         broken = t.broken_conditions(c, label)
         run.log.metric(

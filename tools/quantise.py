@@ -170,7 +170,7 @@ def main(argv=None):
     )
     names = dict(model.named_parameters())
     own = {n: w for n, w in there.items() if n in names}
-    t.copy_tensors(names, own, f"LOAD_CHECKPOINT={args.checkpoint}")
+    t.copy_tensors(c, names, own, f"LOAD_CHECKPOINT={args.checkpoint}")
     run.log.start()
     compare(run, c, model, val, data, rows, list(dict.fromkeys(args.bytes or [0])))
     return 0
