@@ -269,12 +269,28 @@ class Config:
         False, "Value residual a v_first + b v, a and b learned.", in_artifact=True
     )
     gated_attention: bool = setting(False, "Learned sigmoid gates on heads.", in_artifact=True)
-    recur_layers: tuple[int, ...] = setting(
-        (),
-        "Layers, from 0, run twice, each time with their own scales and mix (#686).",
+    parallel_start_layer: int = setting(
+        0,
+        "Attention and MLP have a lane each from this layer to the end (#1435); 0: no lanes.",
         in_artifact=True,
     )
-    recur_start: int = setting(3000, "Step from which RECUR_LAYERS run twice.", in_artifact=True)
+    skip_gates_enabled: bool = setting(
+        False, "Skips (1-g) skip + g x instead of x + skip, g learned (#1435).", in_artifact=True
+    )
+    recur_layers: tuple[int, ...] = setting(
+        (), "Layers, from 0, that run RECUR_LOOPS times.", in_artifact=True
+    )
+    recur_style: Literal["own", "shared", "gated"] = setting(
+        "own",
+        "own: again after the last of them, with scales and mix of each run's own (#686); shared:"
+        " with the same ones, as places of the U-Net (#1435); gated: each again at once, with a"
+        " gated embedding of the repeat (#1278).",
+        in_artifact=True,
+    )
+    recur_loops: int = setting(2, "How often RECUR_LAYERS run.", low=2, high=8, in_artifact=True)
+    recur_start: int = setting(
+        3000, "Step from which RECUR_LAYERS run more than once.", in_artifact=True
+    )
     prequant_ttt_enabled: bool = setting(
         False, "Train on validation tokens before quantising (#1488). Breaks C3.", in_artifact=True
     )
@@ -356,7 +372,12 @@ class Config:
         "Steps by what errors cost (rate-distortion); with GPTQ's error feedback; or #549's"
         " percentiles.",
     )
-    calibration_tokens: int = setting(32768, "Training tokens that say what errors cost.", low=1)
+    calibration: Literal["train", "validation"] = setting(
+        "train",
+        "Split that tells QUANT=gptq what errors cost; validation (#1498) breaks C3.",
+        in_artifact=True,
+    )
+    calibration_tokens: int = setting(32768, "Tokens that say what errors cost.", low=1)
     coder: Literal["rans", "lzma"] = setting("rans", "Entropy coder of levels.")
     artifact_bytes: int = setting(
         16_000_000, "Cap on artifact plus code; steps widen to fit.", low=1000, high=10**12
@@ -421,11 +442,21 @@ class Config:
 # What differs from #1084; sizes as in the published logs. A preset may build on another. A line has
 # what belongs together: data, training, model, evaluation.
 # fmt: off
-PR1313 = dict(
-    ITERATIONS=20000, TTT_ENABLED=0, EVAL_STRIDE=96,
-    XSA_LAST_N=11, VRL_ENABLED=1, QK_GAIN_INIT=4, BIGRAM_VOCAB_SIZE=1024,
-    SLOT_DELTA="window", SLOT_BIAS=1, SLOT_LOSS="scored",
+SLOT24 = dict(
+    EVAL_STRIDE=96, SLOT_DELTA="window", SLOT_BIAS=1, SLOT_LOSS="scored",
     SLOT_STEPS=24, SLOT_LR=0.012, SLOT_LR_MIN=0.001,
+)
+PR1313 = SLOT24 | dict(
+    ITERATIONS=20000, TTT_ENABLED=0,
+    XSA_LAST_N=11, VRL_ENABLED=1, QK_GAIN_INIT=4, BIGRAM_VOCAB_SIZE=1024,
+)
+PR1435 = dict(
+    ITERATIONS=20000, TTT_ENABLED=0, SLOT_ENABLED=0, QUANT="gptq",
+    WARMDOWN_FRAC=0.667, MATRIX_LR=0.02, SCALAR_LR=0.02, TIED_EMBED_LR=0.03,
+    MUON_WD=0.09, EMBED_WD=0.09, ADAM_WD=0.02, MUON_ROW_NORM=1,
+    EMA_DECAY=0.9965, SWA_ENABLED=0, LATE_QAT=0,
+    MLP_MULT=4, BIGRAM_DIM=112, XSA_LAST_N=11, QK_GAIN_INIT=5, ROPE_TRAIN_LEN=2048,
+    RECUR_LAYERS="4,5", RECUR_STYLE="shared", SKIP_GATES_ENABLED=1, PARALLEL_START_LAYER=7,
 )
 HELPFUL = dict(  # of what the record's followers changed, what helped the demo and costs no time
     SLOT_ENABLED=0, DATA_ORDER="coprime", MIN_LR=0.05,
@@ -438,6 +469,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pr1303": PR1313 | dict(EVAL_STRIDE=64, SLOT_STEPS=16, SLOT_LR=0.008, SLOT_LR_MIN=0.0008),
     "pr1313": PR1313,
     "pr1488": PR1313 | dict(QK_GAIN_INIT=5.25, PREQUANT_TTT_ENABLED=1),
+    "pr1278": PR1313 | dict(
+        EVAL_STRIDE=64, SLOT_STEPS=32, SLOT_LR=0.015, RECUR_LAYERS="4,5", RECUR_STYLE="gated",
+    ),
+    "pr1321": PR1313 | dict(SLOT_STEPS=48),
+    "pr1324": PR1313 | dict(SLOT_STEPS=48),
+    "pr1435": PR1435,
+    "pr1042": PR1435 | dict(
+        WARMDOWN_FRAC=0.6, MATRIX_LR=0.028, SCALAR_LR=0.028, TIED_EMBED_LR=0.042, QK_GAIN_INIT=6,
+    ),
+    "pr1498": PR1435 | SLOT24 | dict(
+        SLOT_ENABLED=1, RECUR_LAYERS="3,4,5", QK_GAIN_INIT=5.5, CALIBRATION="validation",
+        PREQUANT_TTT_ENABLED=1, PREQUANT_TTT_EPOCHS=11, PREQUANT_TTT_FREEZE_BLOCKS=0,
+    ),
     "slot28": PR1313 | dict(SLOT_STEPS=28),
     "slot32": PR1313 | dict(SLOT_STEPS=32, SLOT_LR=0.015),
     "slot48": PR1313 | dict(SLOT_STEPS=48),
@@ -661,6 +705,12 @@ def cross_check(c: Config) -> list[str]:
     return [f"{name}={shown(getattr(c, name.lower()))}: {text}." for name, text in found]
 
 
+def claims_causal(name: str) -> bool:
+    """Whether a preset is a system that breaks no condition."""
+    preset = PRESETS.get(name, {})
+    return preset.get("SLOT_ENABLED") == 0 and not preset.get("PREQUANT_TTT_ENABLED")
+
+
 def run_problems(c: Config) -> Iterator[tuple[str, str]]:
     """(setting, what is wrong) of how a run is named, begun and exported."""
     if c.run_id and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", c.run_id, re.ASCII):
@@ -679,6 +729,12 @@ def run_problems(c: Config) -> Iterator[tuple[str, str]]:
         )
     if -1 < c.embed_wd < 0:
         yield "EMBED_WD", "0 or more, or -1 for ADAM_WD"
+    if c.calibration == "validation":
+        for name in c.preset:
+            if claims_causal(name):
+                yield "CALIBRATION", f"breaks C3, PRESET={name} no condition; set CALIBRATION=train"
+        if c.quant != "gptq" and not c.load_artifact:
+            yield "CALIBRATION", "needs QUANT=gptq"
     if c.average not in ("auto", "none") and not getattr(c, f"{c.average}_enabled"):
         yield "AVERAGE", f"needs {c.average.upper()}_ENABLED=1"
 
@@ -698,6 +754,15 @@ def model_problems(c: Config) -> Iterator[tuple[str, str]]:
         yield "VRL_ENABLED", "mixes the same values as VALUE_RESIDUAL=1; choose one"
     if c.ve_enabled and not c.ve_layers:
         yield "VE_LAYERS", "name a layer, or set VE_ENABLED=0"
+    if c.parallel_start_layer >= c.num_layers:
+        yield "PARALLEL_START_LAYER", f"must be under NUM_LAYERS={c.num_layers}; 0: no lanes"
+    if c.parallel_start_layer and c.recur_style == "gated":
+        yield "PARALLEL_START_LAYER", "RECUR_STYLE=gated has no lanes; set 0, or another style"
+    if c.parallel_start_layer and c.parallel_last_n:
+        yield "PARALLEL_START_LAYER", "has lanes where PARALLEL_LAST_N has parallel residuals"
+    for name, usual in (("recur_style", "own"), ("recur_loops", 2)):
+        if getattr(c, name) != usual and not c.recur_layers:
+            yield name.upper(), f"needs RECUR_LAYERS; set it, or {name.upper()}={usual}"
     for name, layers, on in (
         ("VE_LAYERS", c.ve_layers, c.ve_enabled),
         ("RECUR_LAYERS", c.recur_layers, True),
@@ -1986,7 +2051,10 @@ PARAMETER_RULES = (
     ParameterRule(r"ve_shared\.scale",                    "fill",       "scalar", "fp32", 0.1),
     ParameterRule(r"(bigram|ve_shared)\.proj\.weight",    "orthogonal", "scalar", "fp16"),
     ParameterRule(r"ve_layer_scales\.\d+|skip_weights",   "fill",       "scalar", "fp32", 1.0),
-    ParameterRule(r"smear\.gate",                         "fill",       "scalar", "fp32", 0.0),
+    ParameterRule(r"smear\.gate|skip_gates",              "fill",       "scalar", "fp32", 0.0),
+    ParameterRule(r"iter_embed",                          "normal",     "scalar", "fp32", 0.02),
+    ParameterRule(r"iter_gate",                           "fill",       "scalar", "fp32", -2.0),
+    ParameterRule(r"lane_merge",                          "fill",       "scalar", "fp32", 0.5),
     ParameterRule(r"@resid_mix",                          "stream",     "scalar", "fp32"),
     ParameterRule(r"@(attn|mlp)_scale",                   "fill",       "scalar", "fp32", 1.0),
     ParameterRule(r"@attn\.q_gain",                       "q_gain",     "scalar", "fp32"),
@@ -2180,6 +2248,58 @@ class Smear(nn.Module):
         return (1 - gate) * x + gate * F.pad(x, (0, 0, 1, -1))
 
 
+class Place(NamedTuple):
+    """A visit of a layer in the order of a forward, and what comes with it."""
+
+    layer: int
+    again: int  # visits of this layer before
+    repeat: int  # row of iter_embed for what is added to its input; -1: nothing is
+    skip: int  # row of skip_weights likewise, added before
+    kept: bool  # whether its output is added to a later input
+    opens: bool  # whether the two lanes part before it
+
+
+def visits(c: Config, recurring: bool) -> list[tuple[int, int]]:
+    """(layer, visits of it before) in the order of a forward."""
+    order = [(i, 0) for i in range(c.num_layers)]
+    if recurring and c.recur_style == "gated":
+        loops = {i: range(c.recur_loops) for i in c.recur_layers}
+        order = [(i, again) for i, _ in order for again in loops.get(i, range(1))]
+    elif recurring and c.recur_layers:
+        at = max(c.recur_layers) + 1
+        order[at:at] = [(i, again) for again in range(1, c.recur_loops) for i in c.recur_layers]
+    return order
+
+
+def layer_plan(c: Config, recurring: bool) -> list[Place]:
+    """The places of a forward.
+
+    As in a U-Net the outputs of the first half of them are added, weighted, to the inputs of the
+    second, last first, until weights or outputs are used up. With RECUR_STYLE=own repeats are no
+    places of it. Lanes part at the first place of the second half with a layer from
+    PARALLEL_START_LAYER on, after its skip, which is the last one: behind it #1435 adds skips to
+    what nobody reads. #1278 stops adding skips once as many are added as outputs are left.
+    """
+    order, rows = visits(c, recurring), c.num_layers // 2
+    counted = [n for n, (_, again) in enumerate(order) if c.recur_style != "own" or not again]
+    half = len(counted) // 2
+    opening = len(order)
+    if c.parallel_start_layer:
+        later = range(counted[half], len(order))
+        opening = next(n for n in later if order[n][0] >= c.parallel_start_layer)
+    most = math.ceil(half / 2) if c.recur_style == "gated" else rows
+    takers = [n for n in counted[half:][:most] if n <= opening and rows]
+    skip = {n: min(row, rows - 1) for row, n in enumerate(takers)}
+    repeat = {n: row for row, n in enumerate(n for n, (_, again) in enumerate(order) if again)}
+    if c.recur_style != "gated":
+        repeat = {}
+    givers = set(counted[half - len(takers) : half])
+    return [
+        Place(layer, again, repeat.get(n, -1), skip.get(n, -1), n in givers, n == opening)
+        for n, (layer, again) in enumerate(order)
+    ]
+
+
 class LayerWeights(NamedTuple):
     """A layer's matrices, out of the banks, in the compute dtype: [out,in]."""
 
@@ -2198,7 +2318,7 @@ class Visit(NamedTuple):
     rope: tuple[Tensor, Tensor]  # cos and sin [T,1,r]
     value_extra: Tensor | None  # of the value embedding [B,T,K*d]
     v_first: Tensor | None  # values of layer 0 [B,T,K*d], None there
-    again: int  # 1 on the second visit of a layer that recurs
+    again: int  # visits of this layer before, with RECUR_STYLE=own
     rows: int  # R: how many of the last rows are asked for
 
 
@@ -2211,19 +2331,23 @@ class Attention(nn.Module):
         self.exclusive = index >= c.num_layers - c.xsa_last_n
         self.q_gain = nn.Parameter(torch.empty(c.num_heads))
         self.vrl_gate = nn.Parameter(torch.empty(())) if c.vrl_enabled and index else None
+        self.raw_first = c.vrl_enabled
         self.vr_lambda = nn.Parameter(torch.empty(2)) if c.value_residual else None
         self.attn_gate = nn.Linear(c.model_dim, c.num_heads) if c.gated_attention else None
 
     def forward(self, x: Tensor, w: LayerWeights, visit: Visit) -> tuple[Tensor, Tensor]:
-        """([B,R,D] attention of the last R rows of x [B,T,D], [B,T,K*d] values before mixing)."""
+        """([B,R,D] attention of the last R rows of x [B,T,D], [B,T,K*d] values before mixing).
+
+        Layer 0's are mixed into later ones; with VRL they are without the value embedding.
+        """
         B, T, _ = x.shape
         R = visit.rows
         q = F.linear(last_rows(x, R), w.q).view(B, R, self.heads, -1)
         k = F.linear(x, w.k).view(B, T, self.kv_heads, -1)
-        raw = F.linear(x, w.v)
+        raw = values = F.linear(x, w.v)
         if visit.value_extra is not None:
-            raw = raw + visit.value_extra
-        v = self.mix_values(raw, visit.v_first).view(B, T, self.kv_heads, -1)
+            values = raw + visit.value_extra
+        v = self.mix_values(values, visit.v_first).view(B, T, self.kv_heads, -1)
         cos, sin = visit.rope
         q = rotate(rms_norm(q), cos[-R:], sin[-R:]) * self.q_gain.to(x.dtype)[:, None]
         k = rotate(rms_norm(k), cos, sin)
@@ -2233,7 +2357,7 @@ class Attention(nn.Module):
             y = y * F.linear(last_rows(x, R), weight, bias).sigmoid().unsqueeze(-1)
         if self.exclusive:
             y = self.exclude_own(y, last_rows(v, R))
-        return y.reshape(B, R, -1), raw
+        return y.reshape(B, R, -1), raw if self.raw_first else values
 
     def mix_values(self, v: Tensor, v_first: Tensor | None) -> Tensor:
         """Value residual: values mixed with layer 0's; v_first is None in layer 0 itself."""
@@ -2255,11 +2379,12 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer's arithmetic and vectors; scales and mix have a set for each visit if it recurs."""
+    """A layer's arithmetic and vectors; with RECUR_STYLE=own a set of these for each visit."""
 
     def __init__(self, c: Config, index: int, attend: AttentionFunction) -> None:
         super().__init__()
-        visits = (2,) if index in c.recur_layers else ()
+        own = c.recur_style == "own" and index in c.recur_layers
+        visits = (c.recur_loops,) if own else ()
         self.attn = Attention(c, index, attend)
         self.attn_scale = nn.Parameter(torch.empty(*visits, c.model_dim))
         self.mlp_scale = nn.Parameter(torch.empty(*visits, c.model_dim))
@@ -2267,8 +2392,13 @@ class Block(nn.Module):
         self.parallel = index >= c.num_layers - c.parallel_last_n
         self.norm_scale = 1 / math.sqrt(index + 1) if c.ln_scale else 1.0
 
-    def forward(self, x: Tensor, w: LayerWeights, visit: Visit) -> tuple[Tensor, Tensor]:
-        """([B,R,D] of x [B,T,D] for the last R rows, [B,T,K*d] values)."""
+    def forward(
+        self, x: Tensor, lane: Tensor | None, w: LayerWeights, visit: Visit
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(x [B,R,D], lane [B,R,D] or None, [B,T,K*d] values) of x and lane [B,T,D].
+
+        With a lane of its own the MLP reads and writes that, and attention alone writes x.
+        """
         mix = self.of_visit(self.resid_mix, 2, visit.again, x.dtype)
         attn_scale = self.of_visit(self.attn_scale, 1, visit.again, x.dtype)
         mlp_scale = self.of_visit(self.mlp_scale, 1, visit.again, x.dtype)
@@ -2276,13 +2406,20 @@ class Block(nn.Module):
         a, v = self.attn(rms_norm(x) * self.norm_scale, w, visit)
         before = last_rows(x, visit.rows)
         x = before + attn_scale * F.linear(a, w.o)
+        if lane is not None:
+            lane = last_rows(lane, visit.rows)
+            return x, lane + mlp_scale * self.mlp(lane, w), v
         read = before if self.parallel else x
-        h = F.leaky_relu(F.linear(rms_norm(read) * self.norm_scale, w.up), 0.5).square()
-        return x + mlp_scale * F.linear(h, w.down), v
+        return x + mlp_scale * self.mlp(read, w), None, v
+
+    def mlp(self, x: Tensor, w: LayerWeights) -> Tensor:
+        """[B,R,D] -> [B,R,D]."""
+        h = F.leaky_relu(F.linear(rms_norm(x) * self.norm_scale, w.up), 0.5).square()
+        return F.linear(h, w.down)
 
     @staticmethod
     def of_visit(p: Tensor, dims: int, again: int, dtype: torch.dtype) -> Tensor:
-        """A vector's values on a visit: its last `dims` axes, of the first or the second set."""
+        """A vector's values on a visit: its last `dims` axes, of that visit's set."""
         return p.to(dtype).view(-1, *p.shape[-dims:])[again]
 
 
@@ -2309,6 +2446,12 @@ class GPT(nn.Module):
             self.bigram = LowRankEmbedding(c.bigram_vocab_size, c.bigram_dim, D)
         self.smear = Smear(D)
         self.skip_weights = nn.Parameter(torch.empty(L // 2, D)) if L > 1 else None
+        gated = c.skip_gates_enabled and L > 1
+        self.skip_gates = nn.Parameter(torch.empty(L // 2, D)) if gated else None
+        repeats = len(c.recur_layers) * (c.recur_loops - 1) if c.recur_style == "gated" else 0
+        self.iter_embed = nn.Parameter(torch.empty(repeats, D)) if repeats else None
+        self.iter_gate = nn.Parameter(torch.empty(repeats, D)) if repeats else None
+        self.lane_merge = nn.Parameter(torch.empty(())) if c.parallel_start_layer else None
         self.ve_shared = LowRankEmbedding(c.vocab_size, c.ve_dim, kv) if c.ve_enabled else None
         self.ve_layer_scales = nn.ParameterList(
             nn.Parameter(torch.empty(1)) for _ in c.ve_layers if c.ve_enabled
@@ -2318,6 +2461,7 @@ class GPT(nn.Module):
         self.kv_bank = nn.Parameter(torch.empty(2 * L, kv, D))
         self.mlp_up_bank = nn.Parameter(torch.empty(L, wide, D))
         self.mlp_down_bank = nn.Parameter(torch.empty(L, D, wide))
+        self.plans = {recurring: layer_plan(c, recurring) for recurring in (False, True)}
         self.recurring = bool(c.recur_layers) and c.recur_start == 0
         self.make_rope_tables()
         if not self.cos.is_meta:
@@ -2370,54 +2514,76 @@ class GPT(nn.Module):
             x = x + self.bigram(F.pad(pairs, (1, 0), value=last), self.dtype)
         return self.smear(rms_norm(x))
 
-    def visits(self) -> list[tuple[int, int]]:
-        """(layer, 1 on its second visit): to the last recurrent one, those again, the rest."""
-        order = [(i, 0) for i in range(self.c.num_layers)]
-        if self.recurring:
-            at = max(self.c.recur_layers) + 1
-            order[at:at] = [(i, 1) for i in self.c.recur_layers]
-        return order
+    def add_skip(self, x: Tensor, earlier: Tensor, row: int) -> Tensor:
+        """x [B,T,D] with the output of an earlier place, by a row of weights, and of gates."""
+        if self.skip_weights is None:
+            return x
+        skip = self.skip_weights[row].to(x.dtype) * earlier
+        if self.skip_gates is None:
+            return x + skip
+        return skip.lerp(x, self.skip_gates[row].sigmoid().to(x.dtype))
+
+    def add_repeat(self, x: Tensor, row: int) -> Tensor:
+        """x [B,T,D] with the gated embedding of a repeat."""
+        if self.iter_embed is None or self.iter_gate is None:
+            return x
+        gate = self.iter_gate[row].sigmoid()
+        return x + (gate * self.iter_embed[row]).to(x.dtype)
+
+    def asleep(self) -> list[nn.Parameter]:
+        """Parameters that have no part in the forward as long as recurrence has not begun."""
+        found = () if self.recurring else (self.iter_embed, self.iter_gate)
+        return [p for p in found if p is not None]
 
     def hidden(self, ids: Tensor, tail: int | None = None) -> Tensor:
         """[B,T] ids -> final normalised hidden states [B,T,D].
 
-        As in a U-Net the outputs of the first L // 2 layers are added, weighted, to the inputs of
-        the later ones, last first. With tail only the last rows [B,tail,D]: the last block needs
-        the others as keys and values, but not their queries, output and MLP.
+        With tail only the last rows [B,tail,D]: the last block needs the others as keys and values,
+        but not their queries, output and MLP.
         """
         c, T, L = self.c, ids.size(1), self.c.num_layers
         x = x0 = self.embed(ids)
+        lane = v_first = None
         extra = self.ve_shared(ids, self.dtype) if self.ve_shared is not None else None
         # unbind: the backward of indexing would make a bank of zeros for every matrix
         qo, kv, up, down = (getattr(self, bank).to(self.dtype).unbind() for bank in BANKS)
         rope = self.cos[:T], self.sin[:T]
         skips: list[Tensor] = []
-        v_first = None
-        order = self.visits()
-        for n, (i, again) in enumerate(order, 1):
-            if i >= L // 2 and skips and not again and self.skip_weights is not None:
-                x = x + self.skip_weights[i - L // 2].to(self.dtype) * skips.pop()
+        plan = self.plans[self.recurring]
+        for n, place in enumerate(plan, 1):
+            i = place.layer
+            if place.skip >= 0:
+                x = self.add_skip(x, skips.pop(), place.skip)
+            if place.repeat >= 0:
+                x = self.add_repeat(x, place.repeat)
+            if place.opens:
+                lane = x
             value_extra = None
             if extra is not None and i in c.ve_layers:
                 scale = self.ve_layer_scales[c.ve_layers.index(i)]
                 value_extra = extra * scale.to(self.dtype)
             w = LayerWeights(qo[i], qo[L + i], kv[i], kv[L + i], up[i], down[i])
-            rows = tail if tail and n == len(order) else T
-            x, v = self.blocks[i](x, w, Visit(x0, rope, value_extra, v_first, again, rows))
+            again = place.again if c.recur_style == "own" else 0
+            rows = tail if tail and n == len(plan) else T
+            visit = Visit(x0, rope, value_extra, v_first, again, rows)
+            x, lane, v = self.blocks[i](x, lane, w, visit)
             if v_first is None:
                 v_first = v
-            if i < L // 2 and not again:
+            if place.kept:
                 skips.append(x)
+        if lane is not None and self.lane_merge is not None:
+            x = lane.lerp(x, self.lane_merge.to(x.dtype))
         return rms_norm(x)
 
     @torch.no_grad()
     def start_recurrence(self) -> None:
-        """Let recurrent layers run twice; the second visit's vectors begin as the first's."""
+        """Let recurrent layers run again; later visits' own vectors begin as the first's."""
         self.recurring = True
         for i in self.c.recur_layers:
             for name in ("resid_mix", "attn_scale", "mlp_scale"):
-                p = getattr(self.blocks[i], name)
-                p[1] = p[0]
+                if self.c.recur_style == "own":
+                    p = getattr(self.blocks[i], name)
+                    p[1:] = p[0]
 
     def head_weight(self) -> Tensor:
         """Output matrix [V,D], fp32."""
@@ -2621,7 +2787,7 @@ class Optimizer:
     """The same update on each rank from the gradients of all."""
 
     def __init__(self, c: Config, ranks: Ranks, model: GPT) -> None:
-        self.c, self.ranks = c, ranks
+        self.c, self.ranks, self.model = c, ranks, model
         groups: dict[str, list[Tensor]] = {"muon": [], "embed": [], "head": [], "scalar": []}
         for name, p in model.named_parameters():
             groups[parameter_rule(matrix_names(name, c.num_layers)[0]).group].append(p)
@@ -2655,8 +2821,14 @@ class Optimizer:
         ]
 
     def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(those of the banks, those of the small parameters). Raises Fault if one is missing."""
-        missing = [tuple(p.shape) for p in self.banks + self.small if p.grad is None]
+        """(those of the banks, those of the small parameters). Raises Fault if one is missing.
+
+        Parameters that are asleep have none, and AdamW leaves them as they are.
+        """
+        asleep = {*self.model.asleep()}
+        missing = [
+            tuple(p.shape) for p in self.banks + self.small if p.grad is None and p not in asleep
+        ]
         if missing:
             raise Fault(f"no gradient for parameters of shapes {missing}")
         banks, small = (
@@ -2897,6 +3069,19 @@ BITS = 14  # of a frequency: those of a distribution add up to 2**BITS
 MODEL_SETTINGS = [s.name for s in SETTINGS.values() if s.in_artifact]
 
 
+class ValidationText:
+    """What calibrate() reads with CALIBRATION=validation, in place of training text. Breaks C3."""
+
+    def __init__(self, c: Config, val: ValData) -> None:
+        self.tokens = val.tokens.cpu().numpy()
+        self.T = min(c.train_seq_len, val.n)
+
+    def sequence(self, i: int) -> np.ndarray:
+        """Sequence i [T+1] of those side by side, again from the first after the last."""
+        start = i % ((len(self.tokens) - 1) // self.T) * self.T
+        return self.tokens[start : start + self.T + 1]
+
+
 class Calibration(NamedTuple):
     """What errors cost, by name of a quantised matrix."""
 
@@ -2906,25 +3091,24 @@ class Calibration(NamedTuple):
 
 @CONSOLE.doing("calibrating")
 @torch.enable_grad()
-def calibrate(c: Config, ranks: Ranks, model: GPT, data: TrainData) -> Calibration:
-    """Measure on training text what errors in weights cost; validation text is not asked (C3).
+def calibrate(c: Config, ranks: Ranks, model: GPT, text: TrainData | ValidationText) -> Calibration:
+    """Measure on text what errors in weights cost: on training text, or it breaks C3.
 
     The cost of a weight's error is its empirical Fisher information: its squared gradient, summed
     over sequences. Kept are the means over each row and each column. A Hessian is the sum over
     sequences of g'g / rows, g a matrix's gradient; its diagonal is the columns' cost.
     """
     n = max(ranks.world, c.calibration_tokens // c.train_seq_len)
-    sequences = np.stack([data.sequence(i) for i in range(n)]).astype(np.int64)
+    sequences = np.stack([text.sequence(i) for i in range(n)]).astype(np.int64)
     mine = ranks.put(sequences[ranks.rank :: ranks.world])
-    params = dict(model.named_parameters())
+    params = {n: p for n, p in model.named_parameters() if export_kind(c, n) in LEVELS}
     full = c.quant == "gptq"
     by_row: dict[str, Tensor] = {}
     by_column: dict[str, Tensor] = {}
     for name, w in split_banks(params, c.num_layers).items():
-        if parameter_rule(name).export in LEVELS:
-            width = w.size(1)
-            by_row[name] = w.new_zeros(len(w))
-            by_column[name] = w.new_zeros((width, width) if full else width)
+        width = w.size(1)
+        by_row[name] = w.new_zeros(len(w))
+        by_column[name] = w.new_zeros((width, width) if full else width)
     for row in mine:
         loss = GPT.forward(model, row[None, :-1], row[None, 1:], "sum")
         gradients = torch.autograd.grad(loss, list(params.values()))
@@ -3633,6 +3817,7 @@ def read_artifact(c: Config) -> tuple[Config, dict[str, Tensor]]:
         else:
             state = unpack_lineage(data)
             shapes = shapes_of(state)
+            c = dataclasses.replace(c, recur_start=0)  # it evaluates with recurrence
     clash = [
         f"{name.upper()}={shown(getattr(c, name))} (there {shown(value)})"
         for name, value in values.items()
@@ -4251,7 +4436,7 @@ def broken_conditions(c: Config, label: str) -> str:
     leak = ScoringMethod.BY_NAME[EVALUATORS[label].method].leaks(c)
     # a fit that sees the target favours whichever it is: over all targets that sums to more than 1
     broken = ["C1", "C2"] if leak else []
-    if leak or c.prequant_ttt_enabled:
+    if leak or c.prequant_ttt_enabled or c.calibration == "validation":
         broken.append("C3")
     return ",".join(broken)
 
@@ -5163,15 +5348,22 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
             f"stopping_early: wallclock_cap train_time:{clock.now():.0f}ms"
             f" step:{step}/{c.iterations}"
         )
-    return finish_training(run, state, data, clock=clock, step=step)
+    text = ValidationText(c, val) if c.calibration == "validation" else data
+    return finish_training(run, state, data, text, clock=clock, step=step)
 
 
 def finish_training(
-    run: Run, state: TrainingState, data: TrainData, *, clock: Clock, step: int
+    run: Run,
+    state: TrainingState,
+    data: TrainData,
+    text: TrainData | ValidationText,
+    *,
+    clock: Clock,
+    step: int,
 ) -> Calibration | None:
     """Put the best average into the model, on the clock; returns what its export needs."""
     c, model = state.c, state.model
-    calibration = calibration_for_export(c, run.ranks, model, data, state.qat)
+    calibration = calibration_for_export(c, run.ranks, model, text, state.qat)
     state.averages.choose(run, model, data, calibration)
     tokens = step * c.train_batch_tokens
     run.log.metric("training", steps=step, tokens=tokens, train_time=clock.now())
@@ -5182,13 +5374,13 @@ def finish_training(
 
 
 def calibration_for_export(
-    c: Config, ranks: Ranks, model: GPT, data: TrainData, qat: LateQat
+    c: Config, ranks: Ranks, model: GPT, text: TrainData | ValidationText, qat: LateQat
 ) -> Calibration | None:
     """What the export is told: QAT's grid if training used one, else a new one; GPTQ's Hessians."""
     trained = qat.calibration()
     if c.quant == "gptq_lite" or (c.quant == "rd" and trained):
         return trained
-    found = calibrate(c, ranks, model, data)
+    found = calibrate(c, ranks, model, text)
     return Calibration(trained.grid if trained else found.grid, found.hessians)
 
 

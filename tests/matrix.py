@@ -56,6 +56,12 @@ SMALL = dict(
 SHRUNK = {
     "best": dict(RECUR_LAYERS="1,2", RECUR_START="6", PARALLEL_LAST_N="2"),
     "pr1488": dict(PREQUANT_TTT_EPOCHS="2"),
+    "pr1278": dict(RECUR_LAYERS="1,2", RECUR_START="6"),
+    "pr1435": dict(RECUR_LAYERS="1,2", RECUR_START="6", PARALLEL_START_LAYER="2"),
+    "pr1042": dict(RECUR_LAYERS="1,2", RECUR_START="6", PARALLEL_START_LAYER="2"),
+    "pr1498": dict(
+        RECUR_LAYERS="1,2", RECUR_START="6", PARALLEL_START_LAYER="2", PREQUANT_TTT_EPOCHS="2"
+    ),
 }
 PRESETS = [
     "pr1084",
@@ -64,6 +70,12 @@ PRESETS = [
     "pr1303",
     "pr1313",
     "pr1488",
+    "pr1278",
+    "pr1321",
+    "pr1324",
+    "pr1435",
+    "pr1042",
+    "pr1498",
     "slot28",
     "slot32",
     "slot48",
@@ -97,6 +109,22 @@ CASES = {
     ),
     "muon": dict(MUON_ROW_NORM="1", NEWTON_SCHULZ="polar_express", EVALS="none"),
     "recurrence": dict(RECUR_LAYERS="1,2", RECUR_START="4", VRL_ENABLED="1", EVALS="roundtrip,ttt"),
+    "recurrence_shared": dict(
+        RECUR_LAYERS="1,2",
+        RECUR_STYLE="shared",
+        RECUR_START="4",
+        SKIP_GATES_ENABLED="1",
+        PARALLEL_START_LAYER="2",
+        EVALS="roundtrip,ttt",
+    ),
+    "recurrence_gated": dict(
+        RECUR_LAYERS="1,2",
+        RECUR_STYLE="gated",
+        RECUR_LOOPS="3",
+        RECUR_START="4",
+        VRL_ENABLED="1",
+        EVALS="roundtrip,ttt",
+    ),
     "qat_rd": dict(LATE_QAT_THRESHOLD="0.8", EVALS="roundtrip"),
     "qat_budget": dict(LATE_QAT_THRESHOLD="0.8", budget=BUDGET, EVALS="roundtrip"),
     "qat_lite": dict(

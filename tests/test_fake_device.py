@@ -32,6 +32,8 @@ FEATURES = {
     "qat": dict(LAWA_ENABLED=1, LAWA_FREQ=1),
     "qat_lite": dict(QUANT="gptq_lite"),
     "recurrence": dict(LATE_QAT=0, RECUR_LAYERS="1", RECUR_START=10),
+    "gated": dict(LATE_QAT=0, RECUR_LAYERS="1", RECUR_START=10, RECUR_STYLE="gated"),
+    "lanes": dict(LATE_QAT=0, SKIP_GATES_ENABLED=1, PARALLEL_START_LAYER=1),
     "vrl": dict(LATE_QAT=0, VRL_ENABLED=1),
     "gates": dict(LATE_QAT=0, GATED_ATTENTION=1, VALUE_RESIDUAL=1, PARALLEL_LAST_N=1),
     "untied": dict(LATE_QAT=0, TIE_EMBEDDINGS=0, EMBED_WD=0.1),

@@ -18,6 +18,14 @@ FEATURES = {
     "plain": {},
     "qat": dict(LATE_QAT="1", LATE_QAT_THRESHOLD="0.9"),
     "recurrence": dict(RECUR_LAYERS="1", RECUR_START="4", VRL_ENABLED="1"),
+    "gated": dict(RECUR_LAYERS="1", RECUR_START="4", RECUR_STYLE="gated"),
+    "lanes": dict(
+        RECUR_LAYERS="1",
+        RECUR_START="4",
+        RECUR_STYLE="shared",
+        SKIP_GATES_ENABLED="1",
+        PARALLEL_START_LAYER="2",
+    ),
     "gates": dict(GATED_ATTENTION="1", VALUE_RESIDUAL="1", PARALLEL_LAST_N="1"),
     "untied": dict(TIE_EMBEDDINGS="0", MUON_ROW_NORM="1", NEWTON_SCHULZ="polar_express"),
     "gptq": dict(QUANT="gptq", LAWA_ENABLED="1"),
@@ -68,7 +76,7 @@ def test_every_slot_scores_as_the_cpu_does(delta, loss, tiny):
     assert gpu == pytest.approx(cpu, rel=5e-3)
 
 
-@pytest.mark.parametrize("name", ["plain", "qat", "recurrence"])
+@pytest.mark.parametrize("name", ["plain", "qat", "recurrence", "gated"])
 def test_a_step_waits_for_nothing(name, tiny_data):
     """torch raises at whatever makes the host wait, in a step, the averages and the clock."""
     c = config(tiny_data, **FEATURES[name], **GPU)
@@ -79,7 +87,7 @@ def test_a_step_waits_for_nothing(name, tiny_data):
     feed = data.batches()
     if name == "qat":
         state.qat.start(run.ranks, data)
-    model.recurring = name == "recurrence"
+    model.recurring = bool(c.recur_layers)
     clock = t.Clock(run.ranks, 1e6)
     bad = torch.full((), 99.0, device=run.ranks.device)
     step = partial(t.train_step, c, run.ranks, model, state.optimizer)

@@ -8,6 +8,14 @@ SMALL = dict(NUM_LAYERS="2", VE_LAYERS="1", COMPILE="1")
 SHORT = dict(NUM_LAYERS="1", VE_LAYERS="0", COMPILE="1", ITERATIONS="3", WARMUP_STEPS="2")
 FEATURES = {
     "recurrence": dict(RECUR_LAYERS="0", RECUR_START="0", TIE_EMBEDDINGS="0", VRL_ENABLED="1"),
+    "gated": dict(RECUR_LAYERS="0", RECUR_START="0", RECUR_STYLE="gated", RECUR_LOOPS="3"),
+    "lanes": dict(
+        RECUR_LAYERS="0",
+        RECUR_START="0",
+        RECUR_STYLE="shared",
+        PARALLEL_START_LAYER="1",
+        SKIP_GATES_ENABLED="1",
+    ),
     "gates": dict(GATED_ATTENTION="1", VALUE_RESIDUAL="1", PARALLEL_LAST_N="1", SLOT_BIAS="1"),
 }
 # evaluators of one pass
@@ -71,8 +79,10 @@ def test_a_default_run_has_six_graphs_and_none_is_made_on_a_clock(graphs, tiny):
     assert graphs == [TRAINING, WHOLE, TAIL, SLOT, gradient(1, 124), CHUNK]
 
 
-def test_recurrence_has_a_graph_more_and_one_if_a_validation_comes_before_it(graphs, tiny):
-    tiny(**SHORT, RECUR_LAYERS="0", RECUR_START="2", LATE_QAT="0", EVALS="roundtrip")
+@pytest.mark.parametrize("style", ["own", "shared", "gated"])
+def test_recurrence_has_a_graph_more_and_one_if_a_validation_comes_before_it(style, graphs, tiny):
+    recurrence = dict(RECUR_LAYERS="0", RECUR_START="2", RECUR_STYLE=style)
+    tiny(**SHORT, **recurrence, LATE_QAT="0", EVALS="roundtrip")
     assert graphs == [TRAINING, TRAINING, WHOLE, WHOLE]
 
 

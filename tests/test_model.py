@@ -9,6 +9,28 @@ import torch.nn.functional as F
 from conftest import config, random_model, t
 
 
+def plain_order(c):
+    """[(layer, visits of it before)] with recurrence, straight from the descriptions of #686, #1435 and #1278."""
+    order = []
+    for i in range(c.num_layers):
+        order.append((i, 0))
+        if c.recur_style == "gated" and i in c.recur_layers:
+            order += [(i, again) for again in range(1, c.recur_loops)]
+        if c.recur_style != "gated" and c.recur_layers and i == max(c.recur_layers):
+            for again in range(1, c.recur_loops):
+                order += [(j, again) for j in c.recur_layers]
+    return order
+
+
+def plain_skip(c, p, x, earlier, row):
+    """x with a skip from an earlier output."""
+    skip = p["skip_weights"][row] * earlier
+    if not c.skip_gates_enabled:
+        return x + skip
+    g = torch.sigmoid(p["skip_gates"][row])
+    return (1 - g) * skip + g * x
+
+
 def plain_logits(c, p, ids):
     """Logits [T,V] of one sequence, straight from the formulas of #549/#1084: matrix by matrix, head by head."""
 
@@ -33,25 +55,37 @@ def plain_logits(c, p, ids):
         x = x + p["bigram.embed.weight"][bucket] @ p["bigram.proj.weight"].T * p["bigram.scale"]
     x, g = norm(x), torch.sigmoid(p["smear.gate"])
     x = torch.stack([(1 - g) * x[i] + g * (x[i - 1] if i else 0 * x[0]) for i in range(T)])
-    x0, skips, v_first = x, [], None
-    order = [(i, 0) for i in range(L)]
-    if c.recur_layers:
-        order[max(c.recur_layers) + 1 : max(c.recur_layers) + 1] = [(i, 1) for i in c.recur_layers]
+    x0, skips, v_first, lane, repeats, place = x, [], None, None, 0, 0
+    order = plain_order(c)
+    half = (L if c.recur_style == "own" else len(order)) // 2  # places of the U-Net's first part
     for i, again in order:
+        own = c.recur_style == "own" and i in c.recur_layers
         mix, attn_scale, mlp_scale = (
-            p[f"blocks.{i}.{n}"][again] if i in c.recur_layers else p[f"blocks.{i}.{n}"]
+            p[f"blocks.{i}.{n}"][again] if own else p[f"blocks.{i}.{n}"]
             for n in ("resid_mix", "attn_scale", "mlp_scale")
         )
+        in_unet = not again or c.recur_style != "own"
+        step = place - half  # of the decoder, from 0
         w = {
             k: p[f"blocks.{i}.{k}.weight"]
             for k in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
         }
-        if i >= L // 2 and skips and not again:
-            x = x + p["skip_weights"][i - L // 2] * skips.pop()
+        if step >= 0 and in_unet and L > 1:
+            if c.recur_style == "gated" and step < len(skips):
+                x = plain_skip(c, p, x, skips.pop(), min(step, L // 2 - 1))
+            if c.recur_style != "gated" and step < L // 2 and lane is None:
+                x = plain_skip(c, p, x, skips.pop(), step)
+        if again and c.recur_style == "gated":
+            x = x + torch.sigmoid(p["iter_gate"][repeats]) * p["iter_embed"][repeats]
+            repeats += 1
+        if lane is None and step >= 0 and 0 < c.parallel_start_layer <= i:
+            lane = x
         x = mix[0] * x + mix[1] * x0
         s = 1 / math.sqrt(i + 1) if c.ln_scale else 1
         h = norm(x) * s
         v = h @ w["attn.c_v"].T
+        if c.vrl_enabled and v_first is None:
+            v_first = v
         if c.ve_enabled and i in c.ve_layers:
             extra = (
                 p["ve_shared.embed.weight"][ids]
@@ -96,10 +130,17 @@ def plain_logits(c, p, ids):
                 y = y - (y * unit).sum(-1, keepdim=True) * unit
             heads.append(y)
         x = x + attn_scale * (torch.cat(heads, 1) @ w["attn.proj"].T)
-        u = norm(x) * s @ w["mlp.fc"].T
-        x = x + mlp_scale * (torch.where(u > 0, u, 0.5 * u) ** 2 @ w["mlp.proj"].T)
-        if i < L // 2 and not again:
+        u = norm(x if lane is None else lane) * s @ w["mlp.fc"].T
+        more = mlp_scale * (torch.where(u > 0, u, 0.5 * u) ** 2 @ w["mlp.proj"].T)
+        if lane is None:
+            x = x + more
+        else:
+            lane = lane + more
+        if step < 0 and in_unet:
             skips.append(x)
+        place += in_unet
+    if lane is not None:
+        x = p["lane_merge"] * x + (1 - p["lane_merge"]) * lane
     return norm(x) @ p["tok_emb.weight" if c.tie_embeddings else "lm_head.weight"].T
 
 
@@ -127,6 +168,37 @@ def plain_logits(c, p, ids):
             VRL_ENABLED="1",
             GATED_ATTENTION="1",
             XSA_LAST_N="5",
+        ),
+        dict(SKIP_GATES_ENABLED="1"),
+        dict(PARALLEL_START_LAYER="1"),
+        dict(PARALLEL_START_LAYER="4", NUM_LAYERS="6", SKIP_GATES_ENABLED="1"),
+        dict(NUM_LAYERS="1", VE_LAYERS="0", SKIP_GATES_ENABLED="1"),
+        dict(RECUR_LAYERS="0", RECUR_START="0", RECUR_LOOPS="3", NUM_LAYERS="1", VE_LAYERS="0"),
+        dict(RECUR_LAYERS="1,2", RECUR_START="0", RECUR_LOOPS="3", SKIP_GATES_ENABLED="1"),
+        *(
+            dict(RECUR_STYLE=style, RECUR_START="0", **more)
+            for style in ("shared", "gated")
+            for more in (
+                dict(RECUR_LAYERS="1", VRL_ENABLED="1", VE_LAYERS="0,1"),
+                dict(RECUR_LAYERS="2,3", NUM_LAYERS="6", XSA_LAST_N="6", SKIP_GATES_ENABLED="1"),
+                dict(RECUR_LAYERS="0,1,3", NUM_LAYERS="5", RECUR_LOOPS="3", VALUE_RESIDUAL="1"),
+                dict(RECUR_LAYERS="0", NUM_LAYERS="1", VE_LAYERS="0"),
+            )
+        ),
+        dict(
+            NUM_LAYERS="6",
+            RECUR_LAYERS="2,3",
+            RECUR_STYLE="shared",
+            RECUR_START="0",
+            PARALLEL_START_LAYER="3",
+            SKIP_GATES_ENABLED="1",
+        ),
+        dict(
+            NUM_LAYERS="6",
+            RECUR_LAYERS="4,5",
+            RECUR_LOOPS="3",
+            RECUR_START="0",
+            PARALLEL_START_LAYER="4",
         ),
     ],
 )
@@ -157,6 +229,8 @@ def test_model_is_the_formulas(changes):
         dict(VRL_ENABLED="1", GATED_ATTENTION="1"),
         dict(NUM_LAYERS="1", VE_LAYERS="0"),
         dict(RECUR_LAYERS="2", RECUR_START="0"),
+        dict(RECUR_LAYERS="2", RECUR_START="0", RECUR_STYLE="gated"),
+        dict(RECUR_LAYERS="2", RECUR_START="0", RECUR_STYLE="shared", PARALLEL_START_LAYER="2"),
     ],
 )
 @pytest.mark.parametrize("tail", [1, 8, 24])
@@ -210,6 +284,11 @@ def test_record_model_has_the_published_number_of_parameters_and_rope_base():
 def test_every_parameter_has_one_rule_and_its_initial_value():
     c = config(TIE_EMBEDDINGS="1", VRL_ENABLED="1", GATED_ATTENTION="1", RECUR_LAYERS="1")
     state = t.split_banks(dict(t.GPT(c).named_parameters()), c.num_layers)
+    for more in (
+        dict(RECUR_LAYERS="0,1,2", RECUR_STYLE="gated", RECUR_LOOPS="8"),
+        dict(SKIP_GATES_ENABLED="1", PARALLEL_START_LAYER="1"),
+    ):
+        state |= t.split_banks(dict(t.GPT(config(**more)).named_parameters()), c.num_layers)
     for name, p in state.items():
         rule = t.parameter_rule(name)
         if rule.init == "orthogonal":
@@ -235,6 +314,8 @@ def test_every_parameter_is_optimised_once_and_gets_a_gradient():
         dict(TIE_EMBEDDINGS="0"),
         dict(VRL_ENABLED="1", GATED_ATTENTION="1", RECUR_LAYERS="1"),
         dict(VALUE_RESIDUAL="1"),
+        dict(RECUR_LAYERS="1", RECUR_STYLE="gated", RECUR_START="0"),
+        dict(SKIP_GATES_ENABLED="1", PARALLEL_START_LAYER="2"),
         {},
     ):
         c = config(**changes)
@@ -272,6 +353,50 @@ def test_recurrence_starts_where_it_is_told_from_equal_vectors():
         for name in ("resid_mix", "attn_scale", "mlp_scale"):
             assert torch.equal(*getattr(model.blocks[2], name))
         assert not torch.allclose(model.hidden(ids), plain.hidden(ids), atol=1e-3)
+
+
+def test_what_belongs_to_repeats_sleeps_until_they_begin(tiny_data):
+    """AdamW would let it decay: 3,000 steps without a gradient would leave little of it."""
+    c = config(tiny_data, RECUR_LAYERS="1,2", RECUR_STYLE="gated", RECUR_START="5", ADAM_WD="9")
+    run, model = t.Run(c), random_model(c)
+    optimizer, feed = t.Optimizer(c, run.ranks, model), t.TrainData(c, run.ranks).batches()
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+
+    def step():
+        t.train_step(c, run.ranks, model, optimizer, next(feed), step=0, lr_factor=1.0)
+        return {n for n, p in model.state_dict().items() if torch.equal(p, before[n])}
+
+    assert step() == {"iter_embed", "iter_gate"}
+    model.start_recurrence()
+    assert step() == set()
+
+
+@pytest.mark.parametrize("loops", [2, 3])
+def test_places_of_the_published_systems(loops):
+    """At full size, as #1278's and #1435's scripts list them."""
+    for preset, twice, once in (
+        (
+            dict(RECUR_STYLE="gated"),
+            [0, 1, 2, 3, 4, 4, 5, 5, 6, 7, 8, 9, 10],
+            [0, 1, 2, 3, 4, 4, 4, 5, 5, 5, 6, 7, 8, 9, 10],
+        ),
+        (
+            dict(RECUR_STYLE="shared", PARALLEL_START_LAYER="7"),
+            [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 10],
+            [0, 1, 2, 3, 4, 5, 4, 5, 4, 5, 6, 7, 8, 9, 10],
+        ),
+    ):
+        c = t.load_config({**preset, "RECUR_LAYERS": "4,5", "RECUR_LOOPS": str(loops)})
+        plan = t.layer_plan(c, True)
+        assert [place.layer for place in plan] == (twice if loops == 2 else once)
+        assert [place.layer for place in t.layer_plan(c, False)] == list(range(11))
+        assert [place.again for place in plan].count(0) == 11
+        if loops == 2:
+            skips = {n: place.skip for n, place in enumerate(plan) if place.skip >= 0}
+            shared = c.recur_style == "shared"
+            assert skips == ({6: 0, 7: 1, 8: 2, 9: 3} if shared else {6: 0, 7: 1, 8: 2})
+            assert [n for n, place in enumerate(plan) if place.opens] == [9] * shared
+            assert [n for n, place in enumerate(plan) if place.kept] == [2, 3, 4, 5][not shared :]
 
 
 def test_hidden_states_before_a_changed_token_are_bit_identical():

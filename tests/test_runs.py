@@ -242,6 +242,8 @@ EXPECTED = {
         ttt_slot=4.87995638,
         strong=4.87228217,
     ),
+    # of #1278's script, whose recurrence is on; SLOT-32 with the cosine that reaches its end
+    "b1278": dict(roundtrip=4.10376346, sliding_window=4.09963864, slot=3.37324074),
     # of #1313's script; SLOT-24 with the cosine that reaches its end. Its validation split is a's.
     "b1313": dict(roundtrip=5.78774416, sliding_window=5.78530599, slot=5.47026901),
 }
@@ -268,10 +270,12 @@ def test_lineage_artifacts_score_as_the_lineage_scored_them(name, tmp_path):
         plain=dict(EVALS="roundtrip,sliding_window,ttt,ttt_slot"),
         strong=dict(EVALS="ttt_slot", SLOT_STEPS="5", SLOT_LR="0.003"),
     )
-    if name == "b1313":
+    if name.startswith("b"):
         runs = dict(
             plain=dict(TTT_ENABLED="0", SLOT_DELTA="window", SLOT_BIAS="1", SLOT_LOSS="scored")
         )
+    if name == "b1278":
+        env |= dict(RECUR_STYLE="gated", RECUR_START=env.pop("RECUR_START_STEP"))
     for run_id, more in runs.items():
         done = process({**env, "RUN_ID": run_id, **more}, tmp_path, timeout=600)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -279,6 +283,45 @@ def test_lineage_artifacts_score_as_the_lineage_scored_them(name, tmp_path):
             if label.startswith("final_artifact_"):
                 key = "strong" if run_id == "strong" else label.removeprefix("final_artifact_")
                 assert row["val_loss"] == pytest.approx(EXPECTED[name][key], abs=2e-5), label
+
+
+# Settings of #1435's script by other names here, or that do not matter to a score.
+NAMES_1435 = dict(
+    ROPE_TRAIN_SEQ_LEN="ROPE_TRAIN_LEN",
+    RECUR_START_STEP="RECUR_START",
+    VAL_BATCH_TOKENS="VAL_BATCH_SIZE",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not LINEAGE.exists(), reason="the lineage's artifacts are not part of the repository"
+)
+def test_the_model_of_1435_gives_its_logits_and_scores(tmp_path):
+    """Its float weights, with recurrence and without; their names are ours."""
+    folder = LINEAGE / "b1435"
+    expected = json.loads((folder / "expected.json").read_text())
+    lines = (folder / "settings.env").read_text().splitlines()
+    env = {NAMES_1435.get(k, k): v for k, v in (line.split("=", 1) for line in lines)}
+    env = {k: v for k, v in env.items() if k in t.SETTINGS and k != "RUN_ID"}
+    env |= dict(RECUR_STYLE="shared", DATA_PATH=str(LINEAGE / "b1278"), DEVICE="cpu")
+    c = t.load_config(env | dict(TOKENIZER_PATH=str(PARITY / "fineweb_1024_bpe.model")))
+    state = torch.load(folder / "state_fp16.pt", weights_only=True)
+    run, model = t.Run(c), t.GPT(c)
+    t.load_state(model, {name: p.float() for name, p in state.items()}, folder)
+    val = t.ValData(c, run.ranks)
+    for model.recurring, name in ((False, "recurrence_inactive"), (True, "recurrence_active")):
+        theirs = expected[name]
+        assert [place.layer for place in model.plans[model.recurring]] == theirs["schedule"]
+        for label, key in (("roundtrip",) * 2, ("sliding_window", "sliding_stride_64")):
+            loss, _ = t.mean_and_bpb(val, t.score(run, model, val, [(label, c)])[0][0])
+            assert loss == pytest.approx(theirs[key]["val_loss"], abs=1e-6), (name, label)
+    with torch.no_grad():
+        logits = model.cap(model.project(model.hidden(val.tokens[None, :256])))[0]
+    theirs = expected["logits"]
+    for rows in ("first", "last"):
+        own = logits[theirs[f"{rows}_rows"]]
+        torch.testing.assert_close(own, torch.tensor(theirs[rows]), rtol=0, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -330,12 +373,20 @@ def test_damaged_lineage_artifact_is_refused(tmp_path):
 
 def test_a_model_with_all_options_is_exported_and_evaluated_as_it_was_trained(tiny):
     """Recurrence that has begun or has not, and training on the validation tokens, travel with the artifact."""
-    for start, adapted in (("4", "0"), ("99", "0"), ("0", "1")):
+    lanes = dict(SKIP_GATES_ENABLED="1", PARALLEL_START_LAYER="2")
+    for start, adapted, style in (
+        ("4", "0", {}),
+        ("99", "0", dict(RECUR_STYLE="gated")),
+        ("3", "0", dict(RECUR_STYLE="gated", RECUR_LOOPS="3")),
+        ("5", "0", dict(RECUR_STYLE="shared", **lanes)),
+        ("0", "1", {}),
+    ):
         options = dict(
             VRL_ENABLED="1",
             GATED_ATTENTION="1",
             RECUR_LAYERS="1,2",
             RECUR_START=start,
+            **style,
             PREQUANT_TTT_ENABLED=adapted,
             PREQUANT_TTT_EPOCHS="2",
             PREQUANT_TTT_FREEZE_BLOCKS="1",

@@ -80,6 +80,9 @@ EQUALITY = (
     ("b1313: 4 layers of 128", "roundtrip", 5.78774416, "b1313", "roundtrip"),
     ("", "sliding, stride 64", 5.78530599, "b1313", "sliding_window"),
     ("", "SLOT-24 with a bias, cosine to its end", 5.47026901, "b1313", "slot"),
+    ("b1278: 6 layers of 128, two of them twice", "roundtrip", 4.10376346, "b1278", "roundtrip"),
+    ("", "sliding, stride 64", 4.09963864, "b1278", "sliding_window"),
+    ("", "SLOT-32 with a bias, cosine to its end", 3.37324074, "b1278", "slot"),
 )
 STEP_MS = 84  # of #1084's authors on 8 H100
 
