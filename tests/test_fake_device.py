@@ -34,6 +34,7 @@ FEATURES = {
     "recurrence": dict(LATE_QAT=0, RECUR_LAYERS="1", RECUR_START=10),
     "vrl": dict(LATE_QAT=0, VRL_ENABLED=1),
     "gates": dict(LATE_QAT=0, GATED_ATTENTION=1, VALUE_RESIDUAL=1, PARALLEL_LAST_N=1),
+    "documents": dict(LATE_QAT=0, DOCUMENTS="mask"),
     "untied": dict(LATE_QAT=0, TIE_EMBEDDINGS=0, EMBED_WD=0.1),
     "muoneq": dict(LATE_QAT=0, MUON_ROW_NORM=1, NEWTON_SCHULZ="polar_express"),
 }
