@@ -200,6 +200,11 @@ class Config:
         "Sequences of an epoch: a permutation; steps of a stride coprime to their number; or such"
         " strides in 8, later 32 shards a step (#1060).",
     )
+    documents: Literal["joined", "mask"] = setting(
+        "joined",
+        "mask: attention, smear gate and bigram hash stay inside a document, in training and"
+        " evaluation; an artifact does not know it.",
+    )
 
     # ---- length of training
     iterations: int = setting(9000, "Training steps, at most.", low=1)
@@ -653,6 +658,8 @@ def load_config(env: Mapping[str, str]) -> Config:
     problems += cross_check(c)
     if problems:
         raise BadInput("\n".join(problems))
+    if c.documents == "mask":  # the other kinds of attention are refused
+        c = dataclasses.replace(c, attention="sdpa")
     return dataclasses.replace(c, evals=evaluators_of(c))
 
 
@@ -750,6 +757,8 @@ def model_problems(c: Config) -> Iterator[tuple[str, str]]:
         )
     if c.bigram_vocab_size == 1:
         yield "BIGRAM_VOCAB_SIZE", "must be 0 or at least 2"
+    if c.documents == "mask" and c.attention in ("fa3", "fa4"):
+        yield "DOCUMENTS", f"ATTENTION={c.attention} knows no documents; set ATTENTION=sdpa or auto"
     if c.vrl_enabled and c.value_residual:
         yield "VRL_ENABLED", "mixes the same values as VALUE_RESIDUAL=1; choose one"
     if c.ve_enabled and not c.ve_layers:
@@ -1733,6 +1742,7 @@ class Run:
 # ==================================================================================================
 
 SHARD_START = [20240520, 1]
+DOCUMENT_START = 1  # the token that begins a document
 SCAN_LIMIT = 2**29  # bytes of a split up to which all token ids are checked at the start
 
 
@@ -1943,6 +1953,7 @@ class ByteCounts:
     def __init__(self, path: str, vocab_size: int) -> None:
         """Raises BadInput if there is no such tokenizer or it is not the shards'."""
         sp = load_tokenizer(path, vocab_size)
+        self.document_start = sp.bos_id()
         self.boundary = np.zeros(vocab_size, bool)
         self.space = np.zeros(vocab_size, bool)  # begins with a space
         self.size = np.zeros(vocab_size, np.uint8)  # without that space
@@ -2002,7 +2013,13 @@ class ValData:
         self.n = (len(tokens) - 1) // c.eval_seq_len * c.eval_seq_len
         self.dropped = len(tokens) - 1 - self.n
         tokens = tokens[: self.n + 1]
-        self.bytes = ByteCounts(c.tokenizer_path, c.vocab_size).count(tokens[:-1], tokens[1:])
+        counts = ByteCounts(c.tokenizer_path, c.vocab_size)
+        if c.documents == "mask" and counts.document_start != DOCUMENT_START:
+            raise BadInput(
+                f"TOKENIZER_PATH={c.tokenizer_path}: its documents begin with token"
+                f" {counts.document_start}; DOCUMENTS=mask needs {DOCUMENT_START}."
+            )
+        self.bytes = counts.count(tokens[:-1], tokens[1:])
         self.total_bytes = int(self.bytes.sum(dtype=np.int64))
         if not self.total_bytes:
             raise BadInput(
@@ -2103,7 +2120,8 @@ def split_banks(state: Mapping[str, Tensor], num_layers: int) -> dict[str, Tenso
 
 
 # Causal attention: q [B,R,H,d], the last R rows of a sequence, and k, v [B,T,K,d] -> [B,R,H,d].
-AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+# With DOCUMENTS=mask also what a row may see, [B,1,R,T].
+AttentionFunction = Callable[..., Tensor]
 
 
 def repeats_heads(device: torch.device, dtype: torch.dtype) -> bool:
@@ -2111,18 +2129,16 @@ def repeats_heads(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype == torch.float32
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Causal attention by torch's scaled_dot_product_attention."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     rows, length = q.size(2), k.size(2)
-    mask = None
-    # with a mask torch takes a kernel that does not know fewer key/value heads
-    if rows < length or repeats_heads(q.device, q.dtype):
-        k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
-    if rows < length:
+    if mask is None and rows < length:
         mask = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
-    causal = rows == length
-    grouped = q.size(1) != k.size(1)
+    # with a mask torch takes a kernel that does not know fewer key/value heads
+    if mask is not None or repeats_heads(q.device, q.dtype):
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+    causal, grouped = mask is None, q.size(1) != k.size(1)
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
     return y.transpose(1, 2)
 
@@ -2178,8 +2194,12 @@ def attention_kernel(name: str, c: Config, ranks: Ranks) -> str:
     """
     if name != "sdpa" or ranks.device.type == "mps":
         return name
-    kv_heads = c.num_heads if repeats_heads(ranks.device, ranks.dtype) else c.num_kv_heads
     length = c.eval_seq_len if c.load_artifact else c.train_seq_len
+    mask = None
+    if c.documents == "mask":
+        mask = torch.ones((1, 1, length, length), dtype=torch.bool, device=ranks.device)
+    repeated = mask is not None or repeats_heads(ranks.device, ranks.dtype)
+    kv_heads = c.num_heads if repeated else c.num_kv_heads
     q, k = (
         torch.empty(
             (1, heads, length, c.model_dim // c.num_heads),
@@ -2190,7 +2210,7 @@ def attention_kernel(name: str, c: Config, ranks: Ranks) -> str:
         for heads in (c.num_heads, kv_heads)
     )
     grouped = c.num_heads != kv_heads
-    number = torch._fused_sdp_choice(q, k, k, None, 0.0, True, enable_gqa=grouped)
+    number = torch._fused_sdp_choice(q, k, k, mask, 0.0, mask is None, enable_gqa=grouped)
     kernels = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
     kernel = kernels.get(number, f"kernel{number}")
     if ranks.cuda and kernel == "math":
@@ -2204,6 +2224,12 @@ def attention_kernel(name: str, c: Config, ranks: Ranks) -> str:
 def rms_norm(x: Tensor) -> Tensor:
     """x over its root mean square, by the last axis."""
     return F.rms_norm(x, (x.size(-1),))
+
+
+def same_document(ids: Tensor) -> Tensor:
+    """What each row of ids [B,T] sees of its own document, up to itself: a mask [B,1,T,T]."""
+    document = (ids == DOCUMENT_START).cumsum(1)
+    return (document[:, :, None] == document[:, None]).tril().unsqueeze(1)
 
 
 def last_rows(x: Tensor, n: int) -> Tensor:
@@ -2236,16 +2262,22 @@ class LowRankEmbedding(nn.Module):
 
 
 class Smear(nn.Module):
-    """Mixes each position with the one before: x[t] <- (1-g) x[t] + g x[t-1], x[-1] = 0."""
+    """Mixes each position with the one before: x[t] <- (1-g) x[t] + g x[t-1], x[-1] = 0.
+
+    With a mask of the positions that begin a document, nothing comes before those.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,T,D] -> [B,T,D]."""
+    def forward(self, x: Tensor, begins: Tensor | None = None) -> Tensor:
+        """[B,T,D], mask [B,T] -> [B,T,D]."""
         gate = self.gate.sigmoid().to(x.dtype)
-        return (1 - gate) * x + gate * F.pad(x, (0, 0, 1, -1))
+        before = F.pad(x, (0, 0, 1, -1))
+        if begins is not None:
+            before = before.masked_fill(begins.unsqueeze(-1), 0)
+        return (1 - gate) * x + gate * before
 
 
 class Place(NamedTuple):
@@ -2320,6 +2352,7 @@ class Visit(NamedTuple):
     v_first: Tensor | None  # values of layer 0 [B,T,K*d], None there
     again: int  # visits of this layer before, with RECUR_STYLE=own
     rows: int  # R: how many of the last rows are asked for
+    mask: Tensor | None  # [B,1,T,T], what attention sees; None: all that came before
 
 
 class Attention(nn.Module):
@@ -2351,7 +2384,8 @@ class Attention(nn.Module):
         cos, sin = visit.rope
         q = rotate(rms_norm(q), cos[-R:], sin[-R:]) * self.q_gain.to(x.dtype)[:, None]
         k = rotate(rms_norm(k), cos, sin)
-        y = self.attend(q, k, v)
+        seen = () if visit.mask is None else (visit.mask[:, :, -R:],)
+        y = self.attend(q, k, v, *seen)
         if self.attn_gate is not None:
             weight, bias = (p.to(x.dtype) for p in self.attn_gate.parameters())
             y = y * F.linear(last_rows(x, R), weight, bias).sigmoid().unsqueeze(-1)
@@ -2505,14 +2539,18 @@ class GPT(nn.Module):
         """[B,T] ids -> [B,T,D], normalised and smeared, with the bigram embedding if there is one.
 
         Bucket of position t: ((36313 id[t]) XOR (27191 id[t-1])) mod (buckets - 1); of position 0
-        the last one.
+        the last one, and with DOCUMENTS=mask that of a document's first.
         """
+        begins = ids == DOCUMENT_START if self.c.documents == "mask" else None
         x = self.tok_emb(ids).to(self.dtype)
         if self.bigram is not None:
             last = self.c.bigram_vocab_size - 1
             pairs = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % last
-            x = x + self.bigram(F.pad(pairs, (1, 0), value=last), self.dtype)
-        return self.smear(rms_norm(x))
+            pairs = F.pad(pairs, (1, 0), value=last)
+            if begins is not None:
+                pairs = pairs.masked_fill(begins, last)
+            x = x + self.bigram(pairs, self.dtype)
+        return self.smear(rms_norm(x), begins)
 
     def add_skip(self, x: Tensor, earlier: Tensor, row: int) -> Tensor:
         """x [B,T,D] with the output of an earlier place, by a row of weights, and of gates."""
@@ -2548,6 +2586,7 @@ class GPT(nn.Module):
         # unbind: the backward of indexing would make a bank of zeros for every matrix
         qo, kv, up, down = (getattr(self, bank).to(self.dtype).unbind() for bank in BANKS)
         rope = self.cos[:T], self.sin[:T]
+        mask = same_document(ids) if c.documents == "mask" else None
         skips: list[Tensor] = []
         plan = self.plans[self.recurring]
         for n, place in enumerate(plan, 1):
@@ -2565,7 +2604,7 @@ class GPT(nn.Module):
             w = LayerWeights(qo[i], qo[L + i], kv[i], kv[L + i], up[i], down[i])
             again = place.again if c.recur_style == "own" else 0
             rows = tail if tail and n == len(plan) else T
-            visit = Visit(x0, rope, value_extra, v_first, again, rows)
+            visit = Visit(x0, rope, value_extra, v_first, again, rows, mask)
             x, lane, v = self.blocks[i](x, lane, w, visit)
             if v_first is None:
                 v_first = v

@@ -42,6 +42,7 @@ VALUES = dict(
     VAL_LOSS_EVERY=(0, 5),
     TRAIN_LOG_EVERY=(1, 7),
     DATA_ORDER=("coprime", "shards"),
+    DOCUMENTS=("mask",),
     ITERATIONS=(1, 2, 7, 25),
     MAX_WALLCLOCK_SECONDS=(0.001, 0.5, 60),
     WARMDOWN_ITERS=(0, 3, 20, 1000),

@@ -211,6 +211,17 @@ def test_data_that_does_not_fit_is_refused_by_name(changes, word, tiny_data):
         t.ValData(c, t.Ranks(c)), t.TrainData(c, t.Ranks(c))
 
 
+def test_documents_that_begin_with_another_token_are_not_masked(tiny_data, monkeypatch):
+    monkeypatch.setattr(t, "DOCUMENT_START", 2)
+    for documents in ("joined", "mask"):
+        c = config(tiny_data, DOCUMENTS=documents)
+        if documents == "joined":
+            t.ValData(c, t.Ranks(c))
+            continue
+        with pytest.raises(t.BadInput, match="TOKENIZER_PATH=.*begin with token 1;.*needs 2"):
+            t.ValData(c, t.Ranks(c))
+
+
 def test_the_other_tokenizer_of_the_same_name_is_recognised(tmp_path):
     path = tmp_path / "fineweb_1024_bpe.model"
     path.write_bytes(b"\0" * 253847)

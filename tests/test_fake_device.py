@@ -36,6 +36,7 @@ FEATURES = {
     "lanes": dict(LATE_QAT=0, SKIP_GATES_ENABLED=1, PARALLEL_START_LAYER=1),
     "vrl": dict(LATE_QAT=0, VRL_ENABLED=1),
     "gates": dict(LATE_QAT=0, GATED_ATTENTION=1, VALUE_RESIDUAL=1, PARALLEL_LAST_N=1),
+    "documents": dict(LATE_QAT=0, DOCUMENTS="mask"),
     "untied": dict(LATE_QAT=0, TIE_EMBEDDINGS=0, EMBED_WD=0.1),
     "muoneq": dict(LATE_QAT=0, MUON_ROW_NORM=1, NEWTON_SCHULZ="polar_express"),
 }

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -270,6 +271,9 @@ def test_the_kernel_that_attention_takes_is_named():
         t.attention_kernel("sdpa", c, t.Ranks(c)) == "sdpa_flash"
         and t.attention_kernel("fa3", c, None) == "fa3"
     )
+    c = config(DOCUMENTS="mask")
+    assert c.attention == "sdpa"
+    assert t.attention_kernel("sdpa", c, t.Ranks(c)) in ("sdpa_flash", "sdpa_math")
 
 
 def test_record_model_has_the_published_number_of_parameters_and_rope_base():
@@ -399,15 +403,66 @@ def test_places_of_the_published_systems(loops):
             assert [n for n, place in enumerate(plan) if place.kept] == [2, 3, 4, 5][not shared :]
 
 
-def test_hidden_states_before_a_changed_token_are_bit_identical():
-    c = config()
+EVERYTHING = dict(VRL_ENABLED="1", GATED_ATTENTION="1", RECUR_LAYERS="1", RECUR_START="0")
+
+
+def row_of_documents(c, lengths):
+    """ids [1,T] of documents, each BOS and then random tokens; the first one has lost its BOS."""
+    g = torch.Generator().manual_seed(4)
+    ids = torch.randint(4, c.vocab_size, (1, sum(lengths)), generator=g)
+    ids[0, np.cumsum(lengths)[:-1]] = 1
+    return ids
+
+
+@pytest.mark.parametrize("changes", [{}, EVERYTHING, dict(BIGRAM_VOCAB_SIZE="0", XSA_LAST_N="0")])
+def test_with_documents_masked_each_is_read_as_if_it_stood_alone(changes):
+    """Also by its targets: the first of a document has its BOS as context, and nothing else."""
+    lengths = (5, 1, 9, 17)
+    c = config(DOCUMENTS="mask", **changes)
+    model, joined = random_model(c), random_model(config(**changes))
+    ids = row_of_documents(c, lengths)
+    with torch.no_grad():
+        whole = model.hidden(ids)
+        for part, alone in zip(whole.split(lengths, 1), ids.split(lengths, 1)):
+            # positions turn all of a document's rows alike, and rounding is another
+            torch.testing.assert_close(part, joined.hidden(alone), rtol=2e-4, atol=2e-5)
+        for tail in (1, 12, 20):
+            torch.testing.assert_close(model.hidden(ids, tail), whole[:, -tail:], rtol=0, atol=2e-6)
+        before = joined.hidden(ids)
+        assert torch.allclose(before[:, :5], whole[:, :5], atol=1e-5)
+        assert not torch.allclose(before[:, 5:], whole[:, 5:], atol=1e-2)
+
+
+def test_without_a_beginning_in_it_a_row_is_read_the_same_by_both():
+    c = config(DOCUMENTS="mask")
+    ids = torch.randint(4, c.vocab_size, (3, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = (random_model(k).hidden(ids) for k in (c, config()))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_mask_is_that_of_plain_loops():
+    ids = torch.tensor([[7, 1, 5, 1, 1, 8], [1, 4, 4, 4, 4, 1]])
+    expected = np.zeros((2, 6, 6), bool)
+    for b, row in enumerate(ids.tolist()):
+        for i in range(6):
+            for j in range(i, -1, -1):
+                expected[b, i, j] = True
+                if row[j] == 1:
+                    break
+    assert (t.same_document(ids)[:, 0].numpy() == expected).all()
+
+
+@pytest.mark.parametrize("documents", ["joined", "mask"])
+def test_hidden_states_before_a_changed_token_are_bit_identical(documents):
+    c = config(DOCUMENTS=documents)
     model = random_model(c)
     ids = torch.randint(0, c.vocab_size, (3, 32), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         before = model.hidden(ids)
         for at in range(32):
             changed = ids.clone()
-            changed[1, at] = (changed[1, at] + 7) % c.vocab_size
+            changed[1, at] = 1 if at % 2 else (changed[1, at] + 7) % c.vocab_size
             after = model.hidden(changed)
             assert torch.equal(before[1, :at], after[1, :at]) and torch.equal(
                 before[::2], after[::2]

@@ -75,6 +75,7 @@ def same(one, other):
         dict(SWA_ENABLED="0", WARMDOWN_FRAC="0.7", EMBED_WD="0.5", DATA_ORDER="shards"),
         dict(RECUR_LAYERS="1", RECUR_START="4", PREQUANT_TTT_ENABLED="1", PREQUANT_TTT_EPOCHS="1"),
         dict(RECUR_LAYERS="1", RECUR_START="4", RECUR_STYLE="gated"),
+        dict(DOCUMENTS="mask"),
     ],
 )
 @pytest.mark.parametrize("step", [1, 4, 11])

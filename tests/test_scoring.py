@@ -234,6 +234,27 @@ def test_flip_test_agrees_with_every_claim(label, stream):
         assert changed >= 10
 
 
+@pytest.mark.parametrize("label", ["roundtrip", "sliding_window", "ttt"])
+def test_with_documents_masked_a_token_moves_scores_of_its_document_only(label, stream):
+    """Of later ones, without training; of earlier tokens in no case."""
+    c, begins = config(DOCUMENTS="mask"), [0, 40, 41, 100, 170, 255]
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(4, c.vocab_size, 257))
+    tokens[begins] = 1
+
+    def nats_of(tokens):
+        run, val = stream(c, 256, tokens=tokens)
+        return t.score(run, random_model(c), val, [(label, c)])[0][0]
+
+    base = nats_of(tokens)
+    for at, begin in ((20, 40), (99, 100), (110, 170)):
+        changed = tokens.clone()
+        changed[at] = 4 + (changed[at] - 4 + 11) % (c.vocab_size - 4)
+        after = nats_of(changed)  # row t: the target t + 1, after token t
+        assert torch.equal(after[: at - 1], base[: at - 1]), at
+        assert not torch.equal(after[at - 1 : begin], base[at - 1 : begin]), at
+        assert torch.equal(after[begin:], base[begin:]) == (label != "ttt"), at
+
+
 def wrong_attention(monkeypatch):
     def attend(self, x, *rest, attend=t.Attention.forward):
         y, v = attend(self, x, *rest)

@@ -146,6 +146,7 @@ ELSEWHERE = {
     "CTW_DEPTH",
     "SAVE_EVERY",
     "RESUME",
+    "DOCUMENTS",
 }
 
 
@@ -334,6 +335,9 @@ def test_all_problems_are_reported_at_once():
         (dict(WARMDOWN_FRAC="0.5", WARMDOWN_ITERS=2000), "WARMDOWN_ITERS"),
         (dict(WARMDOWN_FRAC="1.5"), "WARMDOWN_FRAC"),
         (dict(EMBED_WD="-0.5"), "EMBED_WD"),
+        (dict(DOCUMENTS="mask", ATTENTION="fa3"), "DOCUMENTS"),
+        (dict(DOCUMENTS="mask", ATTENTION="fa4"), "ATTENTION"),
+        (dict(DOCUMENTS="reset"), "DOCUMENTS"),
         (dict(PRESET="record"), "PRESET"),
         (dict(ATTENTION="fa2"), "ATTENTION"),
     ],

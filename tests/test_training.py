@@ -6,7 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, config, process, random_model, read_metrics, runs, t, timeless
+from conftest import (
+    TINY,
+    config,
+    process,
+    random_model,
+    read_metrics,
+    runs,
+    t,
+    timeless,
+    write_shard,
+)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +247,27 @@ def test_late_qat_changes_nothing_before_its_switch(tiny):
     ]
     losses = [[run[f"step:{s}/12"]["train_loss"] for s in range(1, 13)] for run in runs]
     assert losses[0][:7] == losses[1][:7] and losses[0][8:] != losses[1][8:]
+
+
+def test_masked_documents_change_training_and_scores(tiny, tiny_data, tmp_path):
+    data = tmp_path / "documents"
+    data.mkdir()
+    for path in Path(tiny_data["DATA_PATH"]).glob("fineweb_*.bin"):
+        tokens = np.fromfile(path, "<u2", offset=1024)
+        tokens[::13] = 1
+        write_shard(data / path.name, tokens)
+    more = dict(DATA_PATH=str(data), TRAIN_LOG_EVERY="1", EVALS="roundtrip,ttt_slot")
+    joined, mask = (tiny(DOCUMENTS=d, RUN_ID=d, **more) for d in ("joined", "mask"))
+    assert joined["step:2/12"]["train_loss"] != mask["step:2/12"]["train_loss"]
+    for d, other in (("joined", "mask"), ("mask", "joined")):
+        artifact = f"logs/{d}/final_model.ptz"
+        read = {
+            k: tiny(DOCUMENTS=k, LOAD_ARTIFACT=artifact, **more)["final_artifact_roundtrip"]
+            for k in (d, other)
+        }
+        own = (joined if d == "joined" else mask)["final_artifact_roundtrip"]["val_loss"]
+        assert read[d]["val_loss"] == pytest.approx(own, abs=1e-6)
+        assert abs(read[other]["val_loss"] - own) > 1e-5
 
 
 def test_same_seed_twice_is_bit_identical(tiny):
