@@ -1369,12 +1369,14 @@ FORMATS = {
 def read_row(line: str) -> dict[str, Any]:
     """Figures of a line of metrics.jsonl. Raises ValueError unless a run can have written it."""
     row = json.loads(line)
-    if not is_flat(row) or not isinstance(row.get("label"), str):
+    label = row.get("label") if is_flat(row) else None
+    score = str(label).startswith("final_")
+    if not isinstance(label, str) or (score and not row.keys() >= {"val_loss", "causal"}):
         raise ValueError(f"metrics.jsonl has the line {line}")
-    for name in ("eval_time", "compile_time"):
-        ms = row.get(name, 0.0)
-        if not isinstance(ms, float) or not 0 <= ms < math.inf:
-            raise ValueError(f"metrics.jsonl has {name}:{ms} for {row['label']}")
+    for name in ("eval_time", "compile_time", "val_loss"):
+        value = row.get(name, 0.0)
+        if type(value) not in (int, float) or not 0 <= value < 1e18:
+            raise ValueError(f"metrics.jsonl has {name}:{value} for {label}")
     return row
 
 
@@ -2499,7 +2501,8 @@ def kinds_of_misfit(own: Shapes, there: Shapes) -> set[tuple[str, str]]:
 def settings_behind(c: Config, own: Shapes, there: Shapes) -> str:
     """The settings that shapes of another model point to, found by trying other values of each.
 
-    Own shapes are those of c. Of settings that explain as much, the one that moves least is taken.
+    Own shapes are those of c. Of settings that explain as much, the one is taken that moves least
+    of what fits.
     """
     base, moved = model_shapes(c), {}
     for s in (SETTINGS[name] for name in MODEL_SETTINGS):
@@ -2512,9 +2515,11 @@ def settings_behind(c: Config, own: Shapes, there: Shapes) -> str:
         tried = [dataclasses.replace(c, **{s.name.lower(): other}) for other in others]
         moved[s.name] = set().union(*(kinds_of_misfit(base, model_shapes(x)) for x in tried))
     wrong = kinds_of_misfit(own, there)
+    names = {name for name, _ in wrong}
+    beside = {name: sum(n not in names for n, _ in kinds) for name, kinds in moved.items()}
     found: list[str] = []
     while True:
-        best = max(moved, key=lambda name: (len(moved[name] & wrong), -len(moved[name])))
+        best = max(moved, key=lambda name: (len(moved[name] & wrong), -beside[name]))
         if not moved[best] & wrong:
             return " and ".join(found) or "the model's settings"
         found.append(best)
@@ -3576,10 +3581,10 @@ def unpack_lineage(data: bytes | bytearray) -> dict[str, Tensor]:
 
     Raises ValueError and others.
     """
-    most = 16 * len(data)  # weights of a pickle are there one by one: twice or three times
+    most = 8 * len(data)  # weights of a pickle are there one by one: twice or three times
     raw = expand(data, most)
     if len(raw) == most:
-        raise ValueError("its LZMA grows over 16 times")
+        raise ValueError("its LZMA grows over 8 times")
     tensors = torch.load(lineage_archive(raw), map_location="cpu", weights_only=True)["w"]
     dtypes = (torch.int8, torch.half, torch.bfloat16, torch.float)
     for name, t in tensors.items():
@@ -4950,7 +4955,8 @@ class TrainingState:
         Raises BadInput for a checkpoint of another model.
         """
         own = self.tensors()
-        there = run.store.restore("checkpoint", check_counters)
+        check = functools.partial(check_counters, last=self.c.iterations)
+        there = run.store.restore("checkpoint", check)
         if there:
             copy_tensors(self.c, own, there, "checkpoint")
         else:
@@ -5006,14 +5012,14 @@ def names_of_state(names: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def check_counters(tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for counters of a checkpoint that no training has."""
+def check_counters(tensors: Mapping[str, Tensor], last: int = MAX_INT) -> None:
+    """Raises ValueError for counters of a checkpoint that no training to the last step has."""
     counters = tensors.get("counters", torch.zeros(0))
     if counters.dtype != torch.double or counters.shape != (5,):
         raise ValueError("it has no counters of a training")
     step, ms, step_size, snapshots, time_up = counters.tolist()
     whole = step.is_integer() and snapshots.is_integer() and time_up in (0, 1)
-    if not whole or not 0 <= snapshots <= step <= MAX_INT or min(ms, step_size) < 0:
+    if not whole or not 0 <= snapshots <= step <= last or min(ms, step_size) < 0:
         raise ValueError(f"its counters are {counters.tolist()}")
     for name, tensor in tensors.items():
         early = name.startswith("step.") and not (0 <= tensor.min() <= tensor.max() <= step)

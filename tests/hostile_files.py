@@ -39,7 +39,7 @@ from conftest import TINY, random_model, t, write_shard
 SECONDS = 2.0  # of processor time
 TURN = 10  # files of a kind, before the next one's turn
 SMALL = 4 * 2**20  # bytes of memory that Python itself takes now and then
-MODEL = dict(TINY, MODEL_DIM="64", BIGRAM_VOCAB_SIZE="512", RUN_ID="hostile", EVALS="none")
+MODEL = dict(TINY, MODEL_DIM="128", BIGRAM_VOCAB_SIZE="4096", RUN_ID="hostile", EVALS="none")
 ENDS = {  # numbers that end a dtype's range, or what may be counted
     "int8": (-128, -1, 0, 127),
     "uint8": (0, 255),
@@ -530,6 +530,7 @@ class Load(Resume):
 
     def resume(self):
         t.refuse_checkpoint(self.c)
+        t.refuse_checkpoint(self.c, self.model)
         return self.state.resume(self.run)
 
 
@@ -571,13 +572,16 @@ class Progress:
     def load(self):
         self.lines.clear()
         checkpoint = t.PassCheckpoint(self.c, self.run, "progress_it")
+        work, watch = self.work(), t.Stopwatch(self.run.ranks, 1)
+        before = work.starts + work.firsts
+        checkpoint.resume(work.out, before, work.live_tensors(), watch)
+        damaged = [line for line in self.lines if "damaged" in line]
+        if damaged:  # the pass begins anew
+            raise t.BadInput(damaged[0])
         jobs = [("ttt_slot", self.c)]
         nats, seconds = t.score(self.run, self.model, self.val, jobs, checkpoint=checkpoint)[0]
         assert seconds >= 0, "a time before it began"
         t.mean_and_bpb(self.val, nats, "it")
-        damaged = [line for line in self.lines if "damaged" in line]
-        if damaged:
-            raise t.BadInput(damaged[0])
         assert finite(self.model.parameters()), "a weight is not finite"
 
 

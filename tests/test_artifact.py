@@ -307,6 +307,48 @@ def test_artifact_with_other_tensors_is_refused_by_name():
         t.load_state(t.GPT(c), {n: w for n, w in state.items() if n != "smear.gate"}, "here")
 
 
+BEHIND = {  # another value -> what a model of it does not fit is told to set
+    "VOCAB_SIZE": "300",
+    "NUM_LAYERS": "4",
+    "MODEL_DIM": "48",
+    "NUM_HEADS": "2",
+    "NUM_KV_HEADS": "4",
+    "MLP_MULT": "2",
+    "TIE_EMBEDDINGS": "0",
+    "VRL_ENABLED": "1",
+    "VALUE_RESIDUAL": "1",
+    "GATED_ATTENTION": "1",
+    "RECUR_LAYERS": "1",
+    "BIGRAM_VOCAB_SIZE": "0",
+    "BIGRAM_DIM": "16",
+    "VE_ENABLED": "0",
+    "VE_DIM": "4",
+    "VE_LAYERS": "2",
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_a_tensor_that_does_not_fit_names_the_setting_that_decides_it(name):
+    """Both ways round, for an artifact's matrices and a checkpoint's banks and averages."""
+    models = [t.GPT(config()), t.GPT(config(**{name: BEHIND[name]}))]
+    for here, there in (models, models[::-1]):
+        state = there.state_dict()
+        with pytest.raises(t.BadInput, match=f"does not fit: .*. Set {name} as trained"):
+            t.load_state(here, t.split_banks(state, there.c.num_layers), "here")
+        own, other = (
+            {**x, **{f"ema.{n}": w for n, w in x.items()}} for x in (here.state_dict(), state)
+        )
+        with pytest.raises(t.BadInput, match=f"does not fit: .*. Set {name} as trained"):
+            t.copy_tensors(here.c, own, other, "here")
+
+
+def test_two_settings_that_do_not_fit_are_both_named():
+    here, there = t.GPT(config()), t.GPT(config(VOCAB_SIZE="300", GATED_ATTENTION="1"))
+    state = t.split_banks(there.state_dict(), 3)
+    with pytest.raises(t.BadInput, match="Set VOCAB_SIZE and GATED_ATTENTION as trained"):
+        t.load_state(here, state, "here")
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("executed",)

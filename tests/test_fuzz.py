@@ -19,7 +19,7 @@ from conftest import TINY, config, process, random_model, t, write_shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-FILES = 40  # forged ones of a kind
+FILES = 30  # forged ones of a kind
 ENV = dict(TINY, RUN_ID="fuzz", EVALS="none")
 
 
@@ -249,6 +249,7 @@ CHECKPOINTS = {
     "a step NaN": (fill("counters", math.nan), "counters has a number that is not finite"),
     "a step below 0": (fill("counters", -1), "its counters are"),
     "half a step": (fill("counters", 2.5), "its counters are"),
+    "a step past the end": (fill("counters", 13), "its counters are"),
     "a step of 1e300": (fill("counters", 1e300), "its counters are"),
     "a time below 0": (fill("counters", -1.0, 1), "its counters are"),
     "a step size below 0": (fill("counters", -1.0, 2), "its counters are"),
@@ -270,10 +271,18 @@ CHECKPOINTS = {
 }
 
 
+LOADED = {  # what LOAD_CHECKPOINT says instead; what a file has not begins anew
+    "a tensor less": "",
+    "a step past the end": "ITERATIONS=12: the checkpoint is of step 13",
+}
+
+
 @pytest.mark.parametrize("name", ["checkpoint, RESUME=1", "checkpoint, LOAD_CHECKPOINT"])
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_a_forged_checkpoint_is_refused_by_what_is_wrong(case, name, kinds):
     change, words = CHECKPOINTS[case]
+    if "LOAD" in name:
+        words = LOADED.get(case, words)
     said = sealed(kinds[name], change)
     assert words in said and bool(said) == bool(words), said
 
@@ -332,6 +341,10 @@ ROWS = {
     "a time in words": ('{"label": "pass_artifact_x", "eval_time": "1"}', "eval_time:1 for pass"),
     "a time NaN": ('{"label": "pass_artifact_x", "eval_time": NaN}', "eval_time:nan for pass"),
     "a time below 0": ('{"label": "pass_artifact_x", "eval_time": -1.0}', "eval_time:-1.0 for"),
+    "a score in words": ('{"label": "final_x", "val_loss": "1", "causal": true}', "val_loss:1 for"),
+    "a score that is none": ('{"label": "final_artifact_x", "causal": true}', "has the line"),
+    "a score of which nobody knows": ('{"label": "final_artifact_x", "val_loss": 1.5}', "the line"),
+    "a time of 400 digits": ('{"label": "x", "eval_time": ' + "9" * 400 + "}", "for x"),
     "no time": ('{"label": "pass_artifact_x"}', ""),
 }
 
@@ -378,7 +391,7 @@ def test_a_bomb_is_not_unpacked(kinds):
         t.expand(data, 2**26)
 
 
-def test_small_files_of_large_tensors_are_refused(kinds, tmp_path):
+def test_small_files_of_large_tensors_are_refused(kinds):
     """Steps that would make an outer product; the lineage's format with one number many times, packed in its zip, or named in its pickle."""
     n = 60_000
     claims = {
@@ -391,13 +404,9 @@ def test_small_files_of_large_tensors_are_refused(kinds, tmp_path):
         t.artifact_shapes(header, claims, 1000)
     kind = kinds["the lineage's artifact"]
     many = kind.save({"w": {"a": torch.zeros(1).expand(10**9)}, "m": {}})
-    packed, code = (
-        io.BytesIO(),
-        kind.saved.replace(b"ccollections\nOrderedDict", b"cbuiltins\nbytearray"),
-    )
+    packed, code = io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(2**26))
-    code = io.BytesIO()
+        archive.writestr("archive/data.pkl", bytes(2**20))
     with zipfile.ZipFile(io.BytesIO(kind.saved)) as whole, zipfile.ZipFile(code, "w") as archive:
         for name in whole.namelist():
             word = b"ccollections\nOrderedDict", b"cbuiltins\nbytearray"
@@ -413,10 +422,10 @@ def test_small_files_of_large_tensors_are_refused(kinds, tmp_path):
 
 
 def test_an_artifact_of_a_large_and_empty_table_can_be_read_back():
-    c = config(BIGRAM_VOCAB_SIZE="1000000")
+    c = config(BIGRAM_VOCAB_SIZE="400000")
     artifact = t.GptqLite(c, t.GPT(c).state_dict()).pack(0.0)[0]
-    assert len(artifact) < 100_000
-    assert t.unpack(artifact)[0]["bigram.embed.weight"].shape == (1_000_000, 8)
+    assert len(artifact) < 400_000 * 8 / t.EXPANSION
+    assert t.unpack(artifact)[0]["bigram.embed.weight"].shape == (400_000, 8)
 
 
 JSON = st.recursive(
@@ -464,7 +473,8 @@ def test_a_forged_artifact_is_one_line_and_a_score_that_is_none_is_a_fault(tiny_
         path.write_bytes(hostile.resealed(hostile.body(*other), True))
         done = process(env, tmp_path)
         assert done.returncode == status and done.stderr.startswith(words), done.stderr
-        assert done.stderr.count("\n") == 1 and "causal:yes" not in done.stdout
+        assert done.stderr.count("\n") < 3 and "Traceback" not in done.stderr
+        assert "causal:yes" not in done.stdout
     assert "causal:yes" not in (tmp_path / "logs/it.txt").read_text().rsplit("=" * 100, 1)[1]
     rows = (tmp_path / "logs/it/metrics.jsonl").read_text()
     assert "pass_artifact_roundtrip" in rows and "final_" not in rows
@@ -474,26 +484,26 @@ def test_weights_that_give_no_score_are_not_exported(tiny, monkeypatch):
     """At a validation, and in the float score."""
     row_nll = t.row_nll
     monkeypatch.setattr(t, "row_nll", lambda *args: row_nll(*args) * math.nan)
-    with pytest.raises(t.Fault, match="^step:0/12: no score: 576 of 576 targets have NaN"):
-        tiny(RUN_ID="a")
+    with pytest.raises(t.Fault, match="^step:0/2: no score: 576 of 576 targets have NaN"):
+        tiny(RUN_ID="a", ITERATIONS="2")
     monkeypatch.setattr(t, "validate", lambda *args, **more: None)
     with pytest.raises(t.Fault, match="^final_float_roundtrip: no score"):
-        tiny(RUN_ID="b")
+        tiny(RUN_ID="b", ITERATIONS="2")
     assert not Path("logs/b/final_model.ptz").exists()
     assert "final_" not in Path("logs/b/metrics.jsonl").read_text()
 
 
 def test_a_run_that_goes_on_with_a_forged_artifact_says_so(tiny):
-    """RESUME=1 reads back what was exported before the stop."""
-    tiny(RUN_ID="a", EVALS="none")
-    path = Path("logs/a/final_model.ptz")
+    """RESUME=1 reads back what was exported before the stop; here the log was forged with it."""
+    tiny(RUN_ID="a", EVALS="none", ITERATIONS="2")
+    path, figures = Path("logs/a/final_model.ptz"), Path("logs/a/metrics.jsonl")
+    was = hashlib.sha256(path.read_bytes()).hexdigest()
     header, tensors = hostile.parts_of(lzma.decompress(path.read_bytes()[40:]))
     put("model/RECUR_START", "x")(header, tensors)
     path.write_bytes(hostile.resealed(hostile.body(header, tensors), True))
+    now = hashlib.sha256(path.read_bytes()).hexdigest()
+    figures.write_text(figures.read_text().replace(was, now))
     with pytest.raises(
-        t.BadInput, match="^logs/a/final_model.ptz: damaged, or no artifact: RECUR_ST"
+        t.BadInput, match="^logs/a/final_model.ptz: damaged, or no artifact: RECUR_START=x: allowed"
     ):
-        tiny(RUN_ID="a", EVALS="none", RESUME="1")
-    path.unlink()
-    with pytest.raises(t.BadInput, match="^logs/a/final_model.ptz: No such file"):
-        tiny(RUN_ID="a", EVALS="none", RESUME="1")
+        tiny(RUN_ID="a", EVALS="none", ITERATIONS="2", RESUME="1")
