@@ -1443,12 +1443,14 @@ FORMATS = {
 def read_row(line: str) -> dict[str, Any]:
     """Figures of a line of metrics.jsonl. Raises ValueError unless a run can have written it."""
     row = json.loads(line)
-    if not is_flat(row) or not isinstance(row.get("label"), str):
+    label = row.get("label") if is_flat(row) else None
+    score = str(label).startswith("final_")
+    if not isinstance(label, str) or (score and not row.keys() >= {"val_loss", "causal"}):
         raise ValueError(f"metrics.jsonl has the line {line}")
-    for name in ("eval_time", "compile_time"):
-        ms = row.get(name, 0.0)
-        if type(ms) not in (int, float) or not 0 <= ms < 1e18:
-            raise ValueError(f"metrics.jsonl has {name}:{ms} for {row['label']}")
+    for name in ("eval_time", "compile_time", "val_loss"):
+        value = row.get(name, 0.0)
+        if type(value) not in (int, float) or not 0 <= value < 1e18:
+            raise ValueError(f"metrics.jsonl has {name}:{value} for {label}")
     return row
 
 
@@ -3802,10 +3804,10 @@ def unpack_lineage(data: bytes | bytearray) -> dict[str, Tensor]:
 
     Raises ValueError and others.
     """
-    most = 16 * len(data)  # weights of a pickle are there one by one: twice or three times
+    most = 8 * len(data)  # weights of a pickle are there one by one: twice or three times
     raw = expand(data, most)
     if len(raw) == most:
-        raise ValueError("its LZMA grows over 16 times")
+        raise ValueError("its LZMA grows over 8 times")
     tensors = torch.load(lineage_archive(raw), map_location="cpu", weights_only=True)["w"]
     dtypes = (torch.int8, torch.half, torch.bfloat16, torch.float)
     for name, t in tensors.items():

@@ -341,6 +341,10 @@ ROWS = {
     "a time in words": ('{"label": "pass_artifact_x", "eval_time": "1"}', "eval_time:1 for pass"),
     "a time NaN": ('{"label": "pass_artifact_x", "eval_time": NaN}', "eval_time:nan for pass"),
     "a time below 0": ('{"label": "pass_artifact_x", "eval_time": -1.0}', "eval_time:-1.0 for"),
+    "a score in words": ('{"label": "final_x", "val_loss": "1", "causal": true}', "val_loss:1 for"),
+    "a score that is none": ('{"label": "final_artifact_x", "causal": true}', "has the line"),
+    "a score of which nobody knows": ('{"label": "final_artifact_x", "val_loss": 1.5}', "the line"),
+    "a time of 400 digits": ('{"label": "x", "eval_time": ' + "9" * 400 + "}", "for x"),
     "no time": ('{"label": "pass_artifact_x"}', ""),
 }
 
