@@ -287,9 +287,8 @@ class Config:
     )
     recur_style: Literal["own", "shared", "gated"] = setting(
         "own",
-        "own: again after the last of them, with scales and mix of each run's own (#686); shared:"
-        " with the same ones, as places of the U-Net (#1435); gated: each again at once, with a"
-        " gated embedding of the repeat (#1278).",
+        "own: again after the last of them, with vectors of each run's own (#686); shared: with the"
+        " same ones (#1435); gated: each again at once (#1278).",
         in_artifact=True,
     )
     recur_loops: int = setting(2, "How often RECUR_LAYERS run.", low=2, high=8, in_artifact=True)
@@ -598,8 +597,12 @@ def parse_value(s: Setting, text: str) -> Any:
 def parse_names(s: Setting, words: list[str]) -> tuple[str, ...]:
     """Names of a comma list, each once. Raises ValueError."""
     names = tuple(dict.fromkeys(word.lower() for word in words))
+    wrong = [name for name in names if name not in s.choices]
+    if wrong and len(s.choices) > 12:  # all of them would fill a screen
+        near = difflib.get_close_matches(wrong[0], s.choices, 3, 0.0)
+        raise ValueError(f"allowed: a comma list of {', '.join(near)} and others, see --help")
     alone = {"auto", "none"} & set(names) and len(names) > 1
-    if set(names) - set(s.choices) or alone or not (names or s.name == "EVALS"):
+    if wrong or alone or not (names or s.name == "EVALS"):
         raise ValueError(f"allowed: {s.allowed()}{'; auto and none stand alone' if alone else ''}")
     return names
 

@@ -3,8 +3,8 @@
     PYTHONPATH=. python tests/silence.py -- python train_gpt.py PRESET=demo
     PYTHONPATH=. python tests/silence.py --show --limit 5 -- python -m tools.report logs/demo/seed*.txt
 
-Standard output and error come through one pipe; each read of it is timed, and so are start and end. Exit status: 0; 1 if it
-was silent for longer than --limit.
+Standard output and error come through one pipe; each read of it is timed, and so are start and end. The load is how many
+processes wanted a core in the last minute. Exit status: 0; 1 if it was silent for longer than --limit.
 """
 
 import argparse
@@ -56,8 +56,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     heard = listen(options.command, options.show)
     print(
-        f"{heard.longest:.1f} s silent at most, in {heard.seconds:.1f} s, status {heard.status}, "
-        f"after <{heard.before[:100]}>: {' '.join(options.command)}",
+        f"{heard.longest:.1f} s silent at most, in {heard.seconds:.0f} s, status {heard.status}, "
+        f"load {os.getloadavg()[0]:.1f}, after <{heard.before[:100]}>: {' '.join(options.command)}",
         flush=True,
     )
     return int(heard.longest > options.limit)

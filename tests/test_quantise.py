@@ -468,7 +468,7 @@ def test_best_breaks_no_condition_and_wins_over_the_preset_before_it():
         and both.seed == 7
         and not any(t.broken_conditions(both, label) for label in both.evals)
     )
-    with pytest.raises(t.BadInput, match="PRESET=demo,bets: allowed: a comma list of pr1084, "):
+    with pytest.raises(t.BadInput, match="PRESET=demo,bets: allowed: a comma list of best"):
         t.load_config({"PRESET": "demo,bets"})
 
 

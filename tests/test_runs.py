@@ -314,7 +314,8 @@ def test_the_model_of_1435_gives_its_logits_and_scores(tmp_path):
         theirs = expected[name]
         assert [place.layer for place in model.plans[model.recurring]] == theirs["schedule"]
         for label, key in (("roundtrip",) * 2, ("sliding_window", "sliding_stride_64")):
-            loss, _ = t.mean_and_bpb(val, t.score(run, model, val, [(label, c)])[0][0])
+            nats = t.score(run, model, val, [(label, c)])[0][0]
+            loss, _ = t.mean_and_bpb(val, nats, label)
             assert loss == pytest.approx(theirs[key]["val_loss"], abs=1e-6), (name, label)
     with torch.no_grad():
         logits = model.cap(model.project(model.hidden(val.tokens[None, :256])))[0]
