@@ -164,7 +164,7 @@ CASES = {
             load="default", SLOT_DELTA=delta, SLOT_LOSS=loss, SLOT_BIAS=bias, EVALS="slot,ttt_slot"
         )
         for delta in ("shared", "window")
-        for loss in ("all", "scored", "context", "past")
+        for loss in ("all", "scored", "context", "past", "recent")
         for bias in "01"
     },
 }
