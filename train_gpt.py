@@ -465,9 +465,8 @@ PR1435 = dict(
     MLP_MULT=4, BIGRAM_DIM=112, XSA_LAST_N=11, QK_GAIN_INIT=5, ROPE_TRAIN_LEN=2048,
     RECUR_LAYERS="4,5", RECUR_STYLE="shared", SKIP_GATES_ENABLED=1, PARALLEL_START_LAYER=7,
 )
-HELPFUL = dict(  # of what the record's followers changed, what helped the demo and costs no time
-    SLOT_ENABLED=0, DATA_ORDER="coprime", MIN_LR=0.05,
-    NEWTON_SCHULZ="polar_express", MUON_WD=0.085, QUANT="gptq",
+PR1042 = PR1435 | dict(
+    WARMDOWN_FRAC=0.6, MATRIX_LR=0.028, SCALAR_LR=0.028, TIED_EMBED_LR=0.042, QK_GAIN_INIT=6,
 )
 PRESETS: dict[str, dict[str, Any]] = {
     "pr1084": {},
@@ -482,9 +481,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pr1321": PR1313 | dict(SLOT_STEPS=48),
     "pr1324": PR1313 | dict(SLOT_STEPS=48),
     "pr1435": PR1435,
-    "pr1042": PR1435 | dict(
-        WARMDOWN_FRAC=0.6, MATRIX_LR=0.028, SCALAR_LR=0.028, TIED_EMBED_LR=0.042, QK_GAIN_INIT=6,
-    ),
+    "pr1042": PR1042,
     "pr1498": PR1435 | SLOT24 | dict(
         SLOT_ENABLED=1, RECUR_LAYERS="3,4,5", QK_GAIN_INIT=5.5, CALIBRATION="validation",
         PREQUANT_TTT_ENABLED=1, PREQUANT_TTT_EPOCHS=11, PREQUANT_TTT_FREEZE_BLOCKS=0,
@@ -493,10 +490,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "slot32": PR1313 | dict(SLOT_STEPS=32, SLOT_LR=0.015),
     "slot48": PR1313 | dict(SLOT_STEPS=48),
     "hypergradient": PR1313 | dict(SLOT_HYPER_LR=1e-5),
-    "best": HELPFUL | dict(
-        XSA_LAST_N=11, QK_GAIN_INIT=4, RECUR_LAYERS="4,5", PARALLEL_LAST_N=4, MUON_ROW_NORM=1,
+    "best": PR1042 | dict(TTT_ENABLED=1),
+    "best_demo": dict(  # as PRESET=demo,best_demo: what helps the demo and costs it no time
+        SLOT_ENABLED=0, EVALS="auto", DATA_ORDER="coprime", MIN_LR=0.05, XSA_LAST_N=4,
+        NEWTON_SCHULZ="polar_express", MUON_WD=0.085, QUANT="gptq",
     ),
-    "best_demo": HELPFUL | dict(EVALS="auto", XSA_LAST_N=4),  # as PRESET=demo,best_demo
     "demo": dict(
         DATA_PATH="./data/datasets/demo_sp1024",
         TOKENIZER_PATH="./data/tokenizers/demo_1024_bpe.model",
