@@ -337,6 +337,9 @@ class Config:
     muon_row_norm: bool = setting(
         False, "Give a gradient's rows equal norms before Newton-Schulz (MuonEq-R)."
     )
+    muon_projections: bool = setting(
+        False, "Muon, not AdamW, trains the projections of bigram and value embedding (#1435)."
+    )
     muon_wd: float = setting(0.04, "Decoupled weight decay of Muon.")
     adam_wd: float = setting(0.04, "Decoupled weight decay of AdamW.")
     embed_wd: float = setting(
@@ -483,14 +486,13 @@ PR1313 = SLOT24 | dict(
 PR1435 = dict(
     ITERATIONS=20000, TTT_ENABLED=0, SLOT_ENABLED=0, QUANT="gptq",
     WARMDOWN_FRAC=0.667, MATRIX_LR=0.02, SCALAR_LR=0.02, TIED_EMBED_LR=0.03,
-    MUON_WD=0.09, EMBED_WD=0.09, ADAM_WD=0.02, MUON_ROW_NORM=1,
+    MUON_WD=0.09, EMBED_WD=0.09, ADAM_WD=0.02, MUON_ROW_NORM=1, MUON_PROJECTIONS=1,
     EMA_DECAY=0.9965, SWA_ENABLED=0, LATE_QAT=0,
     MLP_MULT=4, BIGRAM_DIM=112, XSA_LAST_N=11, QK_GAIN_INIT=5, ROPE_TRAIN_LEN=2048,
     RECUR_LAYERS="4,5", RECUR_STYLE="shared", SKIP_GATES_ENABLED=1, PARALLEL_START_LAYER=7,
 )
-HELPFUL = dict(  # of what the record's followers changed, what helped the demo and costs no time
-    SLOT_ENABLED=0, DATA_ORDER="coprime", MIN_LR=0.05,
-    NEWTON_SCHULZ="polar_express", MUON_WD=0.085, QUANT="gptq",
+PR1042 = PR1435 | dict(
+    WARMDOWN_FRAC=0.6, MATRIX_LR=0.028, SCALAR_LR=0.028, TIED_EMBED_LR=0.042, QK_GAIN_INIT=6,
 )
 PRESETS: dict[str, dict[str, Any]] = {
     "pr1084": {},
@@ -505,9 +507,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pr1321": PR1313 | dict(SLOT_STEPS=48),
     "pr1324": PR1313 | dict(SLOT_STEPS=48),
     "pr1435": PR1435,
-    "pr1042": PR1435 | dict(
-        WARMDOWN_FRAC=0.6, MATRIX_LR=0.028, SCALAR_LR=0.028, TIED_EMBED_LR=0.042, QK_GAIN_INIT=6,
-    ),
+    "pr1042": PR1042,
     "pr1498": PR1435 | SLOT24 | dict(
         SLOT_ENABLED=1, RECUR_LAYERS="3,4,5", QK_GAIN_INIT=5.5, CALIBRATION="validation",
         PREQUANT_TTT_ENABLED=1, PREQUANT_TTT_EPOCHS=11, PREQUANT_TTT_FREEZE_BLOCKS=0,
@@ -516,10 +516,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "slot32": PR1313 | dict(SLOT_STEPS=32, SLOT_LR=0.015),
     "slot48": PR1313 | dict(SLOT_STEPS=48),
     "hypergradient": PR1313 | dict(SLOT_HYPER_LR=1e-5),
-    "best": HELPFUL | dict(
-        XSA_LAST_N=11, QK_GAIN_INIT=4, RECUR_LAYERS="4,5", PARALLEL_LAST_N=4, MUON_ROW_NORM=1,
+    "best": PR1042 | dict(TTT_ENABLED=1),
+    "best_demo": dict(  # as PRESET=demo,best_demo: what helps the demo and costs it no time
+        SLOT_ENABLED=0, EVALS="auto", DATA_ORDER="coprime", MIN_LR=0.05, XSA_LAST_N=4,
+        NEWTON_SCHULZ="polar_express", MUON_WD=0.085, QUANT="gptq",
     ),
-    "best_demo": HELPFUL | dict(EVALS="auto", XSA_LAST_N=4),  # as PRESET=demo,best_demo
     "demo": dict(
         DATA_PATH="./data/datasets/demo_sp1024",
         TOKENIZER_PATH="./data/tokenizers/demo_1024_bpe.model",
@@ -2103,7 +2104,7 @@ class ParameterRule(NamedTuple):
 
     pattern: str
     init: str  # embedding, normal, orthogonal, stream, q_gain or fill (with `value`)
-    group: str  # of the optimiser: muon, or AdamW's embed, head, scalar
+    group: str  # of the optimiser: muon, or AdamW's embed, head, scalar; proj: see Optimizer
     export: str  # int6 and int8 are quantised, fp16 and fp32 kept
     value: float = 0.0
 
@@ -2117,7 +2118,7 @@ PARAMETER_RULES = (
     ParameterRule(r"bigram\.scale",                       "fill",       "scalar", "fp32", 0.05),
     ParameterRule(r"ve_shared\.embed\.weight",            "normal",     "embed",  "int8", 0.01),
     ParameterRule(r"ve_shared\.scale",                    "fill",       "scalar", "fp32", 0.1),
-    ParameterRule(r"(bigram|ve_shared)\.proj\.weight",    "orthogonal", "scalar", "fp16"),
+    ParameterRule(r"(bigram|ve_shared)\.proj\.weight",    "orthogonal", "proj",   "fp16"),
     ParameterRule(r"ve_layer_scales\.\d+|skip_weights",   "fill",       "scalar", "fp32", 1.0),
     ParameterRule(r"smear\.gate|skip_gates",              "fill",       "scalar", "fp32", 0.0),
     ParameterRule(r"iter_embed",                          "normal",     "scalar", "fp32", 0.02),
@@ -2876,6 +2877,11 @@ def put_back(params: Iterable[Tensor]) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
+def matrices(p: Tensor) -> Tensor:
+    """A bank as it is, and a matrix as a bank of one."""
+    return p if p.ndim == 3 else p[None]
+
+
 class Optimizer:
     """The same update on each rank from the gradients of all."""
 
@@ -2883,7 +2889,10 @@ class Optimizer:
         self.c, self.ranks, self.model = c, ranks, model
         groups: dict[str, list[Tensor]] = {"muon": [], "embed": [], "head": [], "scalar": []}
         for name, p in model.named_parameters():
-            groups[parameter_rule(matrix_names(name, c.num_layers)[0]).group].append(p)
+            group = parameter_rule(matrix_names(name, c.num_layers)[0]).group
+            if group == "proj":
+                group = "muon" if c.muon_projections else "scalar"
+            groups[group].append(p)
         # the largest reduction starts first
         self.banks = sorted(groups.pop("muon"), key=lambda p: -p.numel())
         embed_rate = c.tied_embed_lr if c.tie_embeddings else c.embed_lr
@@ -2907,9 +2916,9 @@ class Optimizer:
                 "exp_avg_sq": torch.zeros_like(p),
             }
         # matrices of each bank on a rank
-        self.share_sizes = [math.ceil(len(p) / ranks.world) for p in self.banks]
+        self.share_sizes = [math.ceil(len(matrices(p)) / ranks.world) for p in self.banks]
         self.momentum = [
-            torch.zeros(n, *p.shape[1:], device=p.device)
+            torch.zeros(n, *p.shape[-2:], device=p.device)
             for n, p in zip(self.share_sizes, self.banks, strict=True)
         ]
 
@@ -2927,7 +2936,7 @@ class Optimizer:
         banks, small = (
             [p.grad for p in params if p.grad is not None] for params in (self.banks, self.small)
         )
-        return banks, small
+        return [matrices(g) for g in banks], small
 
     def reduce(self, loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """(this rank's shares of the banks' mean gradients, the small parameters' mean gradients).
@@ -3002,9 +3011,10 @@ class Optimizer:
             if work:
                 work.wait()
             rate = lr_factor * c.matrix_lr
-            p.mul_(1 - rate * c.muon_wd)
+            bank = matrices(p)
+            bank.mul_(1 - rate * c.muon_wd)
             # tall matrices, whose singular values are as many as their columns, move further
-            p.add_(update[: len(p)], alpha=-rate * math.sqrt(max(1, p.size(1) / p.size(2))))
+            bank.add_(update[: len(bank)], alpha=-rate * math.sqrt(max(1, p.size(-2) / p.size(-1))))
         return norm
 
     def state(self, names: Mapping[Any, str]) -> dict[str, Tensor]:
@@ -3014,7 +3024,7 @@ class Optimizer:
         for p, (work, bank) in zip(self.banks, whole, strict=True):
             if work:
                 work.wait()
-            found[f"momentum.{names[p]}"] = bank[: len(p)]
+            found[f"momentum.{names[p]}"] = bank[: len(matrices(p))]
         for p in self.small:
             found |= {f"{key}.{names[p]}": t for key, t in self.adam.state[p].items()}
         return found

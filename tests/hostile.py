@@ -93,6 +93,7 @@ VALUES = dict(
     MUON_BACKEND_STEPS=(1, 10),
     NEWTON_SCHULZ=("polar_express",),
     MUON_ROW_NORM=(1,),
+    MUON_PROJECTIONS=(1,),
     MUON_WD=(0, 0.5),
     ADAM_WD=(0, 0.5),
     EMBED_WD=(-1, 0, 0.5),
