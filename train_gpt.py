@@ -1075,7 +1075,8 @@ from torch import Tensor, nn  # noqa: E402
 MAGIC = b"PGSLOT\x02\n"
 EXPANSION = 64  # a body may expand to so many times its LZMA, and always to 32 MiB
 STREAMS = 8
-HEADER_BYTES = 2**20  # that a header may take, and an eighth of its file more: JSON grows when read
+HEADER_BYTES = 400_000  # that a header may take, and an eighth of its file more
+HEADER_NAMES = {"model", "step", "matrices", "settings", "tensors"}
 # Weights do not repeat: one literal context and a short search do as well as preset 6 in half the
 # time.
 LZMA_FILTERS = [
@@ -1190,9 +1191,16 @@ def read_header(
     start = 4 + int.from_bytes(decode(content, 4), "little")
     if start > HEADER_BYTES + len(content) // 8:
         raise ValueError(f"its header claims {start} bytes")
-    header = json.loads(bytes(decode(content, start))[4:], parse_constant=no_number)
+    head = bytes(decode(content, start))[4:]
+    # A value takes 60 bytes or more in memory: "[],[],[]" grows 20 times when it is read. What we
+    # write has one of these signs in 8 bytes or more; with one in 7 it grows 10 times at most.
+    if 7 * sum(map(head.count, b"[{,:")) > 10_000 + len(head):
+        raise ValueError("its header has too many values for its length")
+    header = json.loads(head, parse_constant=no_number)
     if not isinstance(header, dict) or not isinstance(header.get("tensors"), list):
         raise ValueError("its header is no object with tensors")
+    if not header.keys() <= HEADER_NAMES:
+        raise ValueError(f"its header has {', '.join(header.keys() - HEADER_NAMES)}")
     claims: Claims = {}
     for row in header["tensors"]:
         match row:
