@@ -3435,6 +3435,17 @@ class Quantizer:
                 low = middle
         return self.finest * 2.0**high
 
+    def refuse_large(self) -> None:
+        """Raises Fault for a weight that could not be read back: of fp16, or of infinite steps."""
+        most = {"fp16": FP16_MAX, "fp32": torch.finfo(torch.float).max}
+        for name, t in self.state.items():
+            largest = t.abs().max().item()
+            if not largest <= most.get(self.kinds[name], 2.0**64):  # nor NaN
+                raise Fault(
+                    f"{name}: has a weight of {largest:.3g}, too large for an artifact; train with"
+                    " lower rates, or export an earlier checkpoint (LOAD_CHECKPOINT)."
+                )
+
     def fit(self, cap: int) -> tuple[bytes, dict[str, Any]]:
         """(artifact of at most cap bytes, its figures).
 
@@ -3910,6 +3921,7 @@ def export(c: Config, run: Run, model: GPT, calibration: Calibration | None) -> 
         # in an artifact RECUR_START=0 says that recurrence was on, another that it never came to it
         trained = dataclasses.replace(c, recur_start=0) if model.recurring else c
         quantizer = make_quantizer(trained, model.state_dict(), calibration)
+        quantizer.refuse_large()
         blob, figures = quantizer.fit(bytes_for_weights(c))
         seconds = perf_counter() - began
         write_file(path, [blob], run.log.remedy())
@@ -5230,21 +5242,22 @@ class TrainingState:
         line = f"LOAD_CHECKPOINT: step {there['counters'][0]:.0f}"
         for words, names in (("begin anew", new), ("left out", there.keys() - own.keys() - grid)):
             if names:
-                line += f"; {words}: {' '.join(names_of_state(names))}"
+                line += f"; {words}: {names_of_state(names)}"
         return line
 
 
-def names_of_state(names: Iterable[str]) -> list[str]:
+def names_of_state(names: Iterable[str], most: int = 20) -> str:
     """Averages and parameters that names of a checkpoint's tensors belong to; not the optimiser's.
 
-    An average is named once, not for each parameter.
+    An average is named once, not for each parameter. Of many the first are named.
     """
     found = set()
     for name in names:
         kind = name.partition(".")[0].rstrip("0123456789")
         if kind not in ("momentum", "step", "exp_avg", "exp_avg_sq"):
             found.add(kind if kind in ("ema", "swa", "lawa") else name)
-    return sorted(found)
+    told = sorted(found)[:most]
+    return " ".join(told) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def check_counters(tensors: Mapping[str, Tensor], last: int = MAX_INT) -> None:
