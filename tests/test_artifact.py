@@ -215,7 +215,7 @@ def test_a_weight_too_large_for_an_artifact_is_a_fault_that_names_it(
 
 def test_artifact_that_cannot_fit_is_a_fault_that_keeps_the_weights(tiny, monkeypatch):
     """Not even where it was not foreseen."""
-    monkeypatch.setattr(t, "refuse_cap", lambda *_: None)
+    monkeypatch.setattr(t, "refuse_small_cap", lambda *_: None)
     with pytest.raises(t.Fault, match="ARTIFACT_BYTES=.*: code leaves 2000 bytes"):
         tiny(ARTIFACT_BYTES=str(t.code_bytes() + 2000), EVALS="none")
     header, tensors = t.unseal(bytearray(Path("logs/run0/checkpoint.000000012.ckpt").read_bytes()))
