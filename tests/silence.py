@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN = "python train_gpt.py PRESET=demo ITERATIONS=20"
+RUN = "python train_gpt.py PRESET=demo ITERATIONS=20 EVAL_STRIDE=256"
 LAST = "logs/seed1/checkpoint.000000020.ckpt"
 ARTIFACT = "--artifact logs/seed1/final_model.ptz"
 COMMANDS = (
     "python data/prepare.py demo",
-    "python data/prepare.py text logs/demo logs/slot --val logs/speed --name mine",
+    "python data/prepare.py text logs/demo/seed*.txt --val logs/demo/best_seed42.txt --name mine",
     "python train_gpt.py --help",
     "python train_gpt.py --pack packed.py",
-    f"{RUN} RUN_ID=seed1 EVALS=sliding_window,ttt_slot SAVE_NLL=1",
-    f"{RUN} RUN_ID=seed1 EVALS=sliding_window,ttt_slot SAVE_NLL=1 RESUME=1",
-    "python packed.py PRESET=demo ITERATIONS=20 RUN_ID=seed2 SEED=2 EVALS=sliding_window SAVE_NLL=1",
+    f"{RUN} RUN_ID=seed1 EVALS=sliding_window,ttt_slot TTT_EPOCHS=1 SAVE_NLL=1",
+    f"{RUN} RUN_ID=seed1 EVALS=sliding_window,ttt_slot TTT_EPOCHS=1 SAVE_NLL=1 RESUME=1",
+    "python packed.py PRESET=demo ITERATIONS=20 EVAL_STRIDE=256 RUN_ID=seed2 SEED=2 EVALS=sliding_window SAVE_NLL=1",
     f"torchrun --standalone --nproc_per_node=2 {RUN[7:]} RUN_ID=ranks EVALS=none",
     f"{RUN} RUN_ID=compiled COMPILE=1 WARMUP_STEPS=2 EVALS=none",
     f"{RUN} RUN_ID=gptq LOAD_CHECKPOINT={LAST} QUANT=gptq EVALS=none",
