@@ -21,17 +21,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN = "python train_gpt.py PRESET=demo ITERATIONS=20 EVAL_STRIDE=256"
-LAST = "logs/seed1/checkpoint.000000020.ckpt"
+RUN = "python train_gpt.py PRESET=demo ITERATIONS=4 MAX_WALLCLOCK_SECONDS=0 EVAL_STRIDE=256"
+LAST = "logs/seed1/checkpoint.000000004.ckpt"
 ARTIFACT = "--artifact logs/seed1/final_model.ptz"
 COMMANDS = (
     "python data/prepare.py demo",
     "python data/prepare.py text logs/demo/seed*.txt --val logs/demo/best_seed42.txt --name mine",
     "python train_gpt.py --help",
     "python train_gpt.py --pack packed.py",
-    f"{RUN} RUN_ID=seed1 EVALS=sliding_window,ttt_slot TTT_EPOCHS=1 SAVE_NLL=1",
-    f"{RUN} RUN_ID=seed1 EVALS=sliding_window,ttt_slot TTT_EPOCHS=1 SAVE_NLL=1 RESUME=1",
-    "python packed.py PRESET=demo ITERATIONS=20 EVAL_STRIDE=256 RUN_ID=seed2 SEED=2 EVALS=sliding_window SAVE_NLL=1",
+    f"{RUN} RUN_ID=seed1 SEED=1 EVALS=sliding_window,ttt_slot TTT_EPOCHS=1 SLOT_STEPS=1 SAVE_NLL=1",
+    f"{RUN} RUN_ID=seed1 SEED=1 EVALS=sliding_window,ttt_slot TTT_EPOCHS=1 SLOT_STEPS=1 SAVE_NLL=1 RESUME=1",
+    f"{RUN} RUN_ID=seed2 SEED=2 EVALS=sliding_window,ttt_slot TTT_EPOCHS=1 SLOT_STEPS=1 SAVE_NLL=1",
+    f"python packed.py {RUN[20:]} RUN_ID=packed ITERATIONS=1 EVALS=none",
     f"torchrun --standalone --nproc_per_node=2 {RUN[7:]} RUN_ID=ranks EVALS=none",
     f"{RUN} RUN_ID=compiled COMPILE=1 WARMUP_STEPS=2 EVALS=none",
     f"{RUN} RUN_ID=gptq LOAD_CHECKPOINT={LAST} QUANT=gptq EVALS=none",
@@ -41,11 +42,11 @@ COMMANDS = (
     "python -m tools.report logs/seed1.txt --against logs/seed2.txt",
     "python -m tools.report logs/seed1.txt logs/seed2.txt --check",
     "python -m tools.report --board logs --html board.html",
-    "python -m tools.record mine logs/seed[12].txt --non-record --stage sliding_window",
+    "python -m tools.record mine logs/seed[12].txt --non-record --stage ttt_slot",
     f"PRESET=demo python -m tools.quantise --checkpoint {LAST} --run-id sizes --bytes 560000 QUANT=rd QUANT=gptq",
-    f"PRESET=demo python -m tools.ablate {ARTIFACT} --run-id ways sliding_window slot 'ttt TTT_LR=0.004'",
-    f"PRESET=demo python -m tools.audit {ARTIFACT} --probes 4 --sums 0",
-    "PRESET=demo python -m tools.bench --parts sliding export --rounds 1 --targets 512 --out bench.json",
+    f"PRESET=demo EVAL_STRIDE=256 python -m tools.ablate {ARTIFACT} --run-id ways sliding_window 'slot SLOT_STEPS=1'",
+    f"PRESET=demo python -m tools.audit {ARTIFACT} --targets 1024 --probes 4 --sums 0",
+    "PRESET=demo python -m tools.bench --parts sliding --rounds 1 --targets 512 --out bench.json",
     "DEVICE=cpu PRESET=demo python -m tools.gpu --name rehearsal --parts step run --steps 2",
     "python -m tools.blocks",
     "python -m tools.settings_page",
@@ -95,6 +96,7 @@ def hear_all(show):
     """Seconds of the longest silence of COMMANDS; infinite if one fails. A line is printed for each."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    print(f"$ python {' '.join(sys.argv)}", flush=True)
     longest = 0.0
     with tempfile.TemporaryDirectory() as folder:
         for name in tracked.splitlines():
