@@ -924,7 +924,7 @@ class Console:
     PAUSE = 4.0  # seconds without a line
 
     def __init__(self) -> None:
-        self.heard = perf_counter()  # the last line
+        self.heard = perf_counter()  # when the last line came
         self.activities = [("starting", self.heard)]  # name, begin; each inside the one before
 
     def say(self, text: str) -> None:
@@ -1122,7 +1122,8 @@ from torch import Tensor, nn  # noqa: E402
 MAGIC = b"PGSLOT\x02\n"
 EXPANSION = 64  # a body may expand to so many times its LZMA, and always to 32 MiB
 STREAMS = 8
-HEADER_BYTES = 2**20  # that a header may take, and an eighth of its file more: JSON grows when read
+HEADER_BYTES = 400_000  # that a header may take, and an eighth of its file more
+HEADER_NAMES = {"model", "step", "matrices", "settings", "tensors"}
 # Weights do not repeat: one literal context and a short search do as well as preset 6 in half the
 # time.
 LZMA_FILTERS = [
@@ -1219,7 +1220,7 @@ def is_shape(there: object) -> bool:
     return all(type(size) is int and 0 < size < 2**40 for size in there)
 
 
-def no_number(name: str) -> None:
+def refuse_constant(name: str) -> None:
     """Refuse the NaN and Infinity of Python's JSON. Raises ValueError."""
     raise ValueError(f"its header has {name} for a number")
 
@@ -1237,9 +1238,16 @@ def read_header(
     start = 4 + int.from_bytes(decode(content, 4), "little")
     if start > HEADER_BYTES + len(content) // 8:
         raise ValueError(f"its header claims {start} bytes")
-    header = json.loads(bytes(decode(content, start))[4:], parse_constant=no_number)
+    head = bytes(decode(content, start))[4:]
+    # A value takes 60 bytes or more in memory: "[],[],[]" grows 20 times when it is read. What we
+    # write has one of these signs in 8 bytes or more; with one in 7 it grows 10 times at most.
+    if 7 * sum(map(head.count, b"[{,:")) > 10_000 + len(head):
+        raise ValueError("its header has too many values for its length")
+    header = json.loads(head, parse_constant=refuse_constant)
     if not isinstance(header, dict) or not isinstance(header.get("tensors"), list):
         raise ValueError("its header is no object with tensors")
+    if not header.keys() <= HEADER_NAMES:
+        raise ValueError(f"its header has {', '.join(header.keys() - HEADER_NAMES)}")
     claims: Claims = {}
     for row in header["tensors"]:
         match row:
@@ -2739,7 +2747,11 @@ def misfit(own: Shapes, there: Shapes) -> str:
 
 
 def kinds_of_misfit(own: Shapes, there: Shapes) -> set[tuple[str, str]]:
-    """(name, what of it differs) of misfits: with no prefix of a checkpoint's, any layer as one."""
+    """(name, what of it differs) of misfits.
+
+    Numbers in names become @, and what a checkpoint puts before a parameter's name is taken away,
+    so that a setting leaves the same traces in every layer, average and momentum.
+    """
     found = set()
     for name in misfits(own, there):
         a, b = own.get(name, ()), there.get(name, ())
@@ -2756,8 +2768,8 @@ def kinds_of_misfit(own: Shapes, there: Shapes) -> set[tuple[str, str]]:
 def settings_behind(c: Config, own: Shapes, there: Shapes) -> str:
     """The settings that shapes of another model point to, found by trying other values of each.
 
-    Own shapes are those of c. Of settings that explain as much, the one is taken that moves least
-    of what fits.
+    Own shapes are those of c. The setting is taken that explains most, then the one that explains
+    most of the rest, and so on; of equals, the one that moves least of what fits.
     """
     base, moved = model_shapes(c), {}
     for s in (SETTINGS[name] for name in MODEL_SETTINGS):
@@ -2806,7 +2818,7 @@ def copy_what_both_have(
     """
     both = own.keys() & state.keys()
     if not both:
-        raise BadInput(f"{where}: has no tensor of this model; give a checkpoint of such a one.")
+        raise BadInput(f"{where}: has no tensor of this model; give a checkpoint of one like it.")
     copy_tensors(c, {n: own[n] for n in both}, {n: state[n] for n in both}, where)
     return both
 
@@ -3279,7 +3291,7 @@ def spacing(rows: Tensor, columns: Tensor, step_size: float) -> Tensor:
     return by_row[..., None] * torch.exp2(columns / 4)[..., None, :]
 
 
-def bytes_beside(state: Mapping[str, Tensor], kinds: Mapping[str, str]) -> float:
+def bytes_beside_levels(state: Mapping[str, Tensor], kinds: Mapping[str, str]) -> float:
     """Bytes of an artifact but for its levels, about: steps of matrices, and plain tensors."""
     sizes = {"fp16": 2, "fp32": 4}
     return sum(
@@ -3471,7 +3483,7 @@ class Quantizer:
     def estimate(self, step_size: float) -> float:
         """Bytes of the artifact by the entropy of 64 rows of each matrix."""
         levels = entropy_bytes(self.census(self.quantise(step_size, thin=True))[0])
-        return levels + bytes_beside(self.state, self.kinds)
+        return levels + bytes_beside_levels(self.state, self.kinds)
 
     def search(self, cap: float) -> float:
         """The finest step size if estimate() is under cap there, else that at which it just is."""
@@ -3485,6 +3497,17 @@ class Quantizer:
             else:
                 low = middle
         return self.finest * 2.0**high
+
+    def refuse_large(self) -> None:
+        """Raises Fault for a weight that could not be read back: of fp16, or of infinite steps."""
+        most = {"fp16": FP16_MAX, "fp32": torch.finfo(torch.float).max}
+        for name, t in self.state.items():
+            largest = t.abs().max().item()
+            if not largest <= most.get(self.kinds[name], 2.0**64):  # nor NaN
+                raise Fault(
+                    f"{name}: has a weight of {largest:.3g}, too large for an artifact; train with"
+                    " lower rates, or export an earlier checkpoint (LOAD_CHECKPOINT)."
+                )
 
     def fit(self, cap: int) -> tuple[bytes, dict[str, Any]]:
         """(artifact of at most cap bytes, its figures).
@@ -3692,7 +3715,7 @@ def bytes_for_weights(c: Config) -> int:
     return c.artifact_bytes - code_bytes()
 
 
-def refuse_cap(c: Config, model: GPT) -> None:
+def refuse_small_cap(c: Config, model: GPT) -> None:
     """Raises BadInput for an ARTIFACT_BYTES that no steps could meet, however wide.
 
     There all levels are 0, but GPTQ-lite's int8 ones, which it does not widen: a byte each.
@@ -3700,7 +3723,7 @@ def refuse_cap(c: Config, model: GPT) -> None:
     kind_of = GptqLite.level_kind if c.quant == "gptq_lite" else RateDistortion.level_kind
     state = split_banks(model.state_dict(), c.num_layers)
     kinds = {name: kind_of(c, export_kind(c, name)) for name in state}
-    least = bytes_beside(state, kinds)
+    least = bytes_beside_levels(state, kinds)
     if c.quant == "gptq_lite":
         least += sum(t.numel() for name, t in state.items() if kinds[name] == "int8")
     if bytes_for_weights(c) < least:
@@ -3961,6 +3984,7 @@ def export(c: Config, run: Run, model: GPT, calibration: Calibration | None) -> 
         # in an artifact RECUR_START=0 says that recurrence was on, another that it never came to it
         trained = dataclasses.replace(c, recur_start=0) if model.recurring else c
         quantizer = make_quantizer(trained, model.state_dict(), calibration)
+        quantizer.refuse_large()
         blob, figures = quantizer.fit(bytes_for_weights(c))
         seconds = perf_counter() - began
         write_file(path, [blob], run.log.remedy())
@@ -5403,32 +5427,35 @@ class TrainingState:
         without_grid = {name: tensor for name, tensor in own.items() if name not in grid}
         where = f"LOAD_CHECKPOINT={self.c.load_checkpoint}"
         both = copy_what_both_have(self.c, without_grid, there, where)
-        own["counters"][[2, 4]] = 0.0  # QAT is off, and there is time to go on
+        counters = own["counters"]
+        counters[2] = 0.0  # late QAT is off
+        counters[4] = 0.0  # the time is not up
         averages = tuple(f"{kind}." for kind in self.averages.kept)
         new = own.keys() - both - grid
         for name in new:
             if name.startswith(averages):
                 own[name].copy_(own[name.partition(".")[2]])
         if not any(name.startswith("swa.") for name in both):
-            own["counters"][3] = 0.0
+            counters[3] = 0.0  # no snapshots
         line = f"LOAD_CHECKPOINT: step {there['counters'][0]:.0f}"
         for words, names in (("begin anew", new), ("left out", there.keys() - own.keys() - grid)):
             if names:
-                line += f"; {words}: {' '.join(names_of_state(names))}"
+                line += f"; {words}: {names_of_state(names)}"
         return line
 
 
-def names_of_state(names: Iterable[str]) -> list[str]:
+def names_of_state(names: Iterable[str], most: int = 20) -> str:
     """Averages and parameters that names of a checkpoint's tensors belong to; not the optimiser's.
 
-    An average is named once, not for each parameter.
+    An average is named once, not for each parameter. Of many the first are named.
     """
     found = set()
     for name in names:
         kind = name.partition(".")[0].rstrip("0123456789")
         if kind not in ("momentum", "step", "exp_avg", "exp_avg_sq"):
             found.add(kind if kind in ("ema", "swa", "lawa") else name)
-    return sorted(found)
+    told = sorted(found)[:most]
+    return " ".join(told) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def check_counters(tensors: Mapping[str, Tensor], last: int = MAX_INT) -> None:
@@ -5652,7 +5679,7 @@ def run_all(c: Config) -> None:
         refuse_validation_text(data, val)
     model = GPT(c, ranks.dtype, attend)
     if state is None:
-        refuse_cap(c, model)
+        refuse_small_cap(c, model)
         refuse_checkpoint(c, model)
     else:
         load_state(model, state, f"LOAD_ARTIFACT={c.load_artifact}")
@@ -5726,7 +5753,10 @@ def warn_of_scores(c: Config, run: Run) -> None:
 
 
 def refuse_checkpoint(c: Config, model: GPT | None = None) -> None:
-    """Raises BadInput for a LOAD_CHECKPOINT that is none, past ITERATIONS, or of another model."""
+    """Raises BadInput for a LOAD_CHECKPOINT that is none, past ITERATIONS, or of another model.
+
+    Without a model, before the data are read, for what can be said so early.
+    """
     loaded = read_checkpoint(c.load_checkpoint)
     if not loaded:
         return

@@ -427,6 +427,7 @@ def main():
         "--continuations", action="store_true", help="compare with runs from scratch"
     )
     args = parser.parse_args()
+    print(f"$ python {' '.join(sys.argv)}", flush=True)
     torch.set_num_threads(1)
     for name in set(t.SETTINGS) & set(os.environ):
         del os.environ[name]

@@ -369,6 +369,15 @@ def test_a_checkpoint_is_taken_in_as_far_as_it_fits(tiny):
     assert begun["final_artifact_roundtrip"]["val_loss"] < 5.95
 
 
+def test_of_many_names_that_begin_anew_twenty_are_told():
+    gates = [f"blocks.{i}.attn.vrl_gate" for i in range(10, 50)]
+    averages = [f"{kind}.{name}" for kind in ("ema", "lawa0", "lawa1") for name in gates]
+    optimiser = [f"exp_avg.{name}" for name in gates]
+    told = t.names_of_state([*gates, *averages, *optimiser])
+    assert told == f"{' '.join(gates[:20])} and 22 more"
+    assert t.names_of_state(gates[:20]) == " ".join(gates[:20])
+
+
 def test_swa_begins_anew_when_rates_rise_again(tiny):
     tiny(RUN_ID="made", EVALS="none")
     path = "logs/made/checkpoint.000000012.ckpt"
