@@ -2086,12 +2086,13 @@ class ValData:
         self.dropped = len(tokens) - 1 - self.n
         tokens = tokens[: self.n + 1]
         counts = ByteCounts(c.tokenizer_path, c.vocab_size)
-        by_document = c.documents == "mask" or (c.ttt_enabled and c.ttt_params == "lora")
-        if by_document and counts.document_start != DOCUMENT_START:
-            raise BadInput(
-                f"TOKENIZER_PATH={c.tokenizer_path}: its documents begin with token"
-                f" {counts.document_start}; DOCUMENTS=mask needs {DOCUMENT_START}."
-            )
+        for name, value in (("DOCUMENTS", "mask"), ("TTT_PARAMS", "lora")):
+            needed = getattr(c, name.lower()) == value
+            if needed and counts.document_start != DOCUMENT_START:
+                raise BadInput(
+                    f"TOKENIZER_PATH={c.tokenizer_path}: its documents begin with token"
+                    f" {counts.document_start}; {name}={value} needs {DOCUMENT_START}."
+                )
         self.bytes = counts.count(tokens[:-1], tokens[1:])
         self.total_bytes = int(self.bytes.sum(dtype=np.int64))
         if not self.total_bytes:
@@ -5220,18 +5221,16 @@ class DocumentPass:
         origins = begins + size - length
         at = origins[:, None] + np.arange(length)
         inside = at < ends[:, None]  # what comes after is padding
-        ids = self.take(np.where(inside, at, 0)) * self.ranks.put(inside)
-        scored = at[:, -size:][inside[:, -size:]]
-        targets = self.take(np.where(inside, at + 1, 0)[:, -size:])
-        rows = self.ranks.put(np.flatnonzero(inside[:, -size:]))
+        ids = self.take(at, inside)
+        targets = self.take(at[:, -size:] + 1, inside[:, -size:])
         stops = np.minimum(begins + size, ends)
         self.observer.scoring(origins, begins - origins, stops)
         learns = self.factors.learn and goes_on > 0
         with torch.set_grad_enabled(learns):
-            nats = self.nats(ids, targets, rows)
-        places = self.ranks.put(scored)
-        self.out[0, places] = nats.detach()
-        self.out[1].index_add_(0, places, torch.ones_like(nats.detach()))
+            nats = self.nats(ids, targets)
+        places = self.ranks.put(at[:, -size:][inside[:, -size:]])
+        self.out[0, places] = nats.detach()[self.ranks.put(inside[:, -size:])]
+        self.out[1].index_add_(0, places, torch.ones_like(self.out[1, places]))
         if not learns:
             return
         for begin, stop in zip(begins[:goes_on], stops[:goes_on], strict=True):
@@ -5239,19 +5238,24 @@ class DocumentPass:
         with torch.enable_grad():
             for epoch in range(c.ttt_epochs):
                 if epoch:  # the first learns from the forward that scored
-                    nats = self.nats(ids[:goes_on], targets[:goes_on], rows[: goes_on * size])
-                self.factors.step(nats[: goes_on * size].view(goes_on, size).mean(1))
+                    nats = self.nats(ids[:goes_on], targets[:goes_on])
+                self.factors.step(nats[:goes_on].mean(1))
 
-    def take(self, at: np.ndarray) -> Tensor:
-        """Tokens at these indices of the stream."""
-        return self.val.tokens[self.ranks.put(at)]
+    def take(self, at: np.ndarray, inside: np.ndarray) -> Tensor:
+        """Tokens at these indices of the stream, 0 where the mask says that they are padding."""
+        return self.val.tokens[self.ranks.put(np.where(inside, at, 0))] * self.ranks.put(inside)
 
-    def nats(self, ids: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
-        """Nats [S] at rows of the windows' ends, with the documents' factors."""
+    def nats(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Nats [n,TTT_LORA_CHUNK] at the windows' ends, with the documents' factors.
+
+        Of padding too: a head with few rows rounds otherwise, which would tell where documents end.
+        """
         factors = self.factors.of_first(len(ids))
         # the class's: the instance's is compiled for two shapes, and these are many
         h = GPT.hidden(self.model, ids, targets.size(1), factors)
-        return row_nll(self.model, h, targets, rows)
+        z = self.model.cap(self.model.project(h))
+        nats = F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none")
+        return nats.view_as(targets)
 
 
 def mean_and_bpb(val: ValData, nats: Tensor, label: str) -> tuple[float, float]:

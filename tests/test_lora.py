@@ -1,13 +1,16 @@
 """TTT_PARAMS=lora: low-rank factors for each document, against plain autograd, causal, resumable, the same on any ranks."""
 
 import math
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import config, random_model, runs, t, tiny_settings
-from test_resume import same, stopped
+from conftest import config, process, random_model, t, timeless, tiny_settings, write_shard
+
 from tools import audit
 
 LORA = dict(
@@ -115,3 +118,145 @@ def test_equals_plain_autograd_with_copied_weights(changes, stream):
         nats = t.score(run, model, val, [("ttt", c)])[0][0]
         torch.testing.assert_close(nats, plain_lora(c, tokens, 256), rtol=0, atol=1e-5)
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
+
+
+def test_factors_learn_and_blocks_can_be_left_alone(stream):
+    """Steps change scores, but not those of first chunks; frozen blocks have no factors."""
+    tokens = documents(256, LENGTHS)
+
+    def scores(**changes):
+        c = config(**{**LORA, **changes})
+        (run, val), model = stream(c, 256, tokens=tokens), random_model(c)
+        with t.put_back(model.parameters()):
+            return t.score(run, model, val, [("ttt", c)])[0][0]
+
+    still, some, all_ = (
+        scores(TTT_EPOCHS="0"),
+        scores(TTT_FREEZE_BLOCKS="2"),
+        scores(TTT_FREEZE_BLOCKS="0"),
+    )
+    begins = np.cumsum([0, *LENGTHS])
+    age = np.arange(256) - begins[np.searchsorted(begins, np.arange(256), "right") - 1]
+    for one, other in ((still, some), (some, all_)):
+        moved = (one - other).abs().numpy()
+        assert moved[age < 8].max() < 1e-5 and np.median(moved[age >= 16]) > 1e-3
+    assert torch.equal(scores(TTT_FREEZE_BLOCKS="3"), still)
+    assert torch.equal(scores(TTT_LR="0"), still)
+
+
+def test_scores_do_not_depend_on_what_shares_a_batch(stream, monkeypatch):
+    """One document at a time, some, or all: the same to the bit, with padding's tokens looked at by none."""
+    c = config(**LORA)
+    tokens, found = documents(256, LENGTHS), []
+    for limit in (1, 150, 4096):
+        monkeypatch.setattr(t, "CPU_TOKENS", limit)
+        (run, val), model = stream(c, 256, tokens=tokens), random_model(c)
+        work = t.DocumentPass(c, run.ranks, model, val, t.SILENT)
+        assert sorted(np.concatenate(work.batches)) == list(range(len(LENGTHS) + 1))
+        assert len(work.batches) == {1: 9, 4096: 1}.get(limit, len(work.batches))
+        found.append(work.score(run, t.Stopwatch(run.ranks, 1), None)[0][0])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_two_hundred_flips_change_no_earlier_score(stream):
+    """A quarter of them begin a document, some join two: also where a document ends shows in nothing before."""
+    c = config(**LORA, TTT_EPOCHS="1", VOCAB_SIZE="40", NUM_LAYERS="2", VE_LAYERS="1")
+    tokens = documents(144, LENGTHS[2:], vocab=40)
+    (run, val), model = stream(c, 144, tokens=tokens), random_model(c, scale=0.6)
+    where = audit.document_probes(c, val.tokens, 200, np.random.default_rng(3))
+    assert len(where) == 200 and {*np.cumsum(LENGTHS[2:])} & {*where}
+    assert audit.flip(run, model, val.tokens, "ttt", c, where) == (0, 0.0)
+
+
+def test_an_audit_finds_it_causal_and_a_leak_where_one_is_made(stream, monkeypatch):
+    small = dict(VOCAB_SIZE="32", EVAL_SEQ_LEN="16", TRAIN_SEQ_LEN="16", NUM_LAYERS="2")
+    c = config(
+        **LORA, **small, TTT_EPOCHS="1", VE_LAYERS="1", EVAL_STRIDE="6", TTT_CHUNK_TOKENS="48"
+    )
+    tokens = documents(144, (5, 60, 1, 30), vocab=32)
+    (run, val), model = stream(c, 144, tokens=tokens), random_model(c, scale=0.6)
+    report = audit.audit(run, model, val.tokens, "ttt", c, count=16)
+    assert report["ok"] and not report["claim"] and report["uses"] > 80, report
+    score_chunk = t.DocumentPass.score_chunk
+
+    def learn_first(self, documents, k, *, goes_on):
+        out = self.out.clone()
+        score_chunk(self, documents, k, goes_on=goes_on)
+        self.out.copy_(out)
+        score_chunk(self, documents, k, goes_on=0)
+
+    monkeypatch.setattr(t.DocumentPass, "score_chunk", learn_first)
+    report = audit.audit(run, model, val.tokens, "ttt", c, count=16)
+    assert not report["ok"] and report["broken"].startswith("C1"), report
+
+
+@pytest.fixture
+def many(tiny_data, tmp_path):
+    """Settings of a validation split of several documents."""
+    text = open_val(tiny_data)
+    text[np.cumsum(LENGTHS)] = t.DOCUMENT_START
+    (tmp_path / "many").mkdir()
+    write_shard(tmp_path / "many/fineweb_val_000000.bin", text)
+    return {**LORA, "DATA_PATH": str(tmp_path / "many"), "EVALS": "ttt", "SAVE_NLL": "1"}
+
+
+def open_val(tiny_data):
+    """A copy of the first tokens of the tiny validation split."""
+    return np.array(t.open_split(config(tiny_data), "val")[0][:257])
+
+
+def test_a_stopped_pass_goes_on_with_the_same_digits(tiny, many, monkeypatch):
+    tiny(RUN_ID="model", EVALS="none", ITERATIONS="3")
+    env = {**many, "LOAD_ARTIFACT": "logs/model/final_model.ptz"}
+    monkeypatch.setattr(t, "CPU_TOKENS", 100)
+    whole, calls, score_batch = tiny(RUN_ID="whole", **env), [], t.DocumentPass.score_batch
+
+    def stop_in_the_third(self, documents):
+        calls.append(documents)
+        if len(calls) == 3:
+            t.STOP_SIGNALS.received.append((signal.SIGTERM, time.perf_counter()))
+        score_batch(self, documents)
+
+    monkeypatch.setattr(t.DocumentPass, "score_batch", stop_in_the_third)
+    with pytest.raises(SystemExit):
+        tiny(RUN_ID="part", **env)
+    t.STOP_SIGNALS.received.clear()
+    assert [f for f in os.listdir("logs/part") if f.startswith("progress_artifact_ttt")]
+    again = tiny(RUN_ID="part", RESUME="1", **env)
+    assert timeless(again) == timeless(whole) and np.array_equal(nll("part"), nll("whole"))
+    assert sorted(np.concatenate(calls)) == list(range(len(LENGTHS) + 1))  # none twice
+
+
+def nll(name):
+    """Nats of a run."""
+    return np.load(f"logs/{name}/nll_ttt.npy")
+
+
+def test_scores_are_the_same_on_one_and_two_ranks(tiny, tiny_data, many, tmp_path, monkeypatch):
+    """Of batches of one document or two: ranks score different ones."""
+    tiny(RUN_ID="made", ITERATIONS="3", EVALS="none")
+    env = {**many, "LOAD_ARTIFACT": "logs/made/final_model.ptz", "EVAL_SEQ_LEN": "16"}
+    monkeypatch.setattr(t, "CPU_TOKENS", 60)
+    tiny(RUN_ID="one", **env)
+    script = "import train_gpt as t; t.CPU_TOKENS = 60; t.main()"
+    (tmp_path / "few.py").write_text(script)
+    settings = tiny_settings(tiny_data, env, {"RUN_ID": "two"})
+    done = process(settings, tmp_path, ranks=2, script=tmp_path / "few.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert np.abs(nll("one") - nll("two")).max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "changes,line",
+    [
+        (dict(TTT_LORA_RANK="17"), "TTT_LORA_RANK=17: at most 16, the smallest side of a matrix."),
+        (dict(TTT_LORA_CHUNK="33"), "TTT_LORA_CHUNK=33: at most EVAL_SEQ_LEN=32."),
+        (dict(SLOT_ENABLED="1"), "TTT_PARAMS=lora: ttt_slot has no lora"),
+        (dict(EVALS="ttt,ttt_ctw", CTW_WEIGHT="1"), "TTT_PARAMS=lora: ttt_ctw has no lora"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(changes, line):
+    with pytest.raises(t.BadInput) as caught:
+        config(**{**LORA, **changes})
+    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+    config(**{**LORA, **changes, "TTT_PARAMS": "all"})
