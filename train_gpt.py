@@ -55,7 +55,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from threading import Thread
 from time import perf_counter, sleep, strftime
@@ -421,6 +421,14 @@ class Config:
     ttt_lora_chunk: int = setting(
         64, "Targets of a document after which its factors learn.", low=1, high=10**6
     )
+    ttt_phases: int = setting(
+        1,
+        "Equal parts of the stream: after the documents that start in one, all weights learn from"
+        " them, in one pass of SGD (#1610).",
+        low=1,
+        high=MAX_INT,
+    )
+    ttt_phase_lr: float = setting(0.001, "Rate of that SGD.")
     ttt_optimizer: Literal["sgd", "adamw", "rmsprop"] = setting(
         "sgd", "TTT's optimiser; its state goes on from chunk to chunk."
     )
@@ -837,6 +845,8 @@ def evaluation_problems(c: Config) -> Iterator[tuple[str, str]]:
     yield from mix_problems(c)
     if c.ttt_params == "lora":
         yield from lora_problems(c)
+    elif c.ttt_phases > 1:
+        yield "TTT_PHASES", "needs TTT_PARAMS=lora; set 1"
     asked = [EVALUATORS[label] for label in c.evals if label in EVALUATORS]
     for name in sorted(set().union(*(evaluator.needs() for evaluator in asked)) - on):
         text = (
@@ -5096,7 +5106,14 @@ def check_times_scored(names: str, times: Tensor) -> None:
 # is cut into chunks; each is scored, then a and b take steps on it. Documents know nothing of each
 # other, so their order changes nothing: those of about the same length share a batch. A chunk's
 # window reaches back from where a whole chunk would end: were it moved back to end with the
-# document, how much context its targets have would tell where that is.
+# document, how much context its targets have would tell where that is. With TTT_PHASES the stream's
+# documents are done part by part, and between parts W itself learns from the part that was scored.
+
+
+def document_starts(val: ValData) -> np.ndarray:
+    """First target of each document of the stream; the BOS after a document is its last target."""
+    begins = np.flatnonzero(val.tokens[: val.n].cpu().numpy() == DOCUMENT_START)
+    return np.union1d([0], begins)
 
 
 class DocumentFactors:
@@ -5156,20 +5173,27 @@ class DocumentPass:
         self, c: Config, ranks: Ranks, model: GPT, val: ValData, observer: Observer
     ) -> None:
         self.c, self.ranks, self.model, self.val, self.observer = c, ranks, model, val, observer
-        begins = np.flatnonzero(val.tokens[: val.n].cpu().numpy() == DOCUMENT_START)
-        self.starts = np.union1d([0], begins)  # first target of each document
-        self.ends = np.append(self.starts[1:], val.n)  # the target that ends it is the next's BOS
+        self.starts = document_starts(val)
+        self.ends = np.append(self.starts[1:], val.n)
         self.chunks = -(-(self.ends - self.starts) // c.ttt_lora_chunk)
-        self.batches = self.by_length()
+        # by where they start: equal numbers of documents would tell how many are still to come
+        part_of = self.starts * c.ttt_phases // val.n
+        parts = [np.flatnonzero(part_of == part) for part in range(c.ttt_phases)]
+        self.phases = [self.by_length(part) for part in parts if len(part)]
+        self.batches = list(chain(*self.phases))
         self.out = torch.zeros(2, val.n, device=ranks.device)  # nats, and how often it was scored
         self.factors = DocumentFactors(c, ranks, model)
+        self.trainer: ChunkTrainer | None = None
+        if c.ttt_phases > 1:
+            sgd = functools.partial(torch.optim.SGD, momentum=c.ttt_momentum)
+            self.trainer = ChunkTrainer(c, ranks, model, sgd, c.ttt_freeze_blocks)
         model.requires_grad_(False)
 
-    def by_length(self) -> list[np.ndarray]:
-        """Numbers of each batch's documents, those with the most chunks first."""
+    def by_length(self, documents: np.ndarray) -> list[np.ndarray]:
+        """Batches of these documents, those with the most chunks first."""
         c = self.c
         limit = 98304 if self.ranks.cuda else CPU_TOKENS
-        order = np.argsort(-self.chunks, kind="stable")
+        order = documents[np.argsort(-self.chunks[documents], kind="stable")]
         batches = []
         while len(order):
             window = min(c.eval_seq_len, int(self.chunks[order[0]]) * c.ttt_lora_chunk)
@@ -5184,26 +5208,44 @@ class DocumentPass:
     ) -> list[tuple[Tensor, float]]:
         """[(nats [N] fp32, seconds)], as score() gives it."""
         n, world = len(self.batches), self.ranks.world
+        live = self.trainer.live_tensors() if self.trainer else {}
         # a checkpoint has the nats of all the stream: batches are not in its order
         before = np.full(n, self.val.n)
-        resumed = checkpoint.resume(self.out, before, {}, watch) if checkpoint else 0
+        resumed = checkpoint.resume(self.out, before, live, watch) if checkpoint else 0
         shown_at = perf_counter()
-        for b in range(resumed, n, world):
-            if checkpoint:
-                checkpoint.mark(b, self.out, {}, watch)
-            if b + self.ranks.rank < n:
-                self.score_batch(self.batches[b + self.ranks.rank])
-            if perf_counter() - shown_at > 2:
-                shown_at = perf_counter()
-                chunks = sum(int(self.chunks[some].sum()) for some in self.batches[: b + world])
-                run.log.line(
-                    f"progress:ttt window:{chunks}/{self.chunks.sum()}"
-                    f" chunk:{min(b + world, n)}/{n} seconds:{watch.elapsed():.1f}"
-                )
+        end = 0
+        for batches in self.phases:
+            begin, end = end, end + len(batches)
+            for b in range(max(begin, resumed), end, world):
+                if checkpoint:
+                    checkpoint.mark(b, self.out, live, watch)
+                if b + self.ranks.rank < end:
+                    self.score_batch(self.batches[b + self.ranks.rank])
+                if perf_counter() - shown_at > 2:
+                    shown_at = perf_counter()
+                    done = min(b + world, end)
+                    run.log.line(
+                        f"progress:ttt window:{sum(map(len, self.batches[:done]))}"
+                        f"/{len(self.starts)} chunk:{done}/{n} seconds:{watch.elapsed():.1f}"
+                    )
+            if resumed < end < n:
+                self.train(np.concatenate(batches))
         self.ranks.sum(self.out)
         check_times_scored("ttt", self.out[-1])
         self.ranks.synchronize()
         return [(self.out[0], watch.elapsed())]
+
+    @CONSOLE.doing("test-time training")
+    def train(self, documents: np.ndarray) -> None:
+        """Let all weights learn from scored documents that follow each other in the stream."""
+        c = self.c
+        begin, end = int(self.starts[documents.min()]), int(self.ends[documents.max()])
+        if self.trainer and end >= c.eval_seq_len:  # its sequences are that long
+            self.observer.learned(begin, end)
+            self.model.requires_grad_(True)
+            with torch.enable_grad():
+                self.trainer.train(self.val.tokens, begin, end, rate=c.ttt_phase_lr, epochs=1)
+            self.model.requires_grad_(False)
 
     def score_batch(self, documents: np.ndarray) -> None:
         """Score a batch, chunk by chunk, and let the factors learn from each."""
@@ -5854,6 +5896,7 @@ def run_all(c: Config) -> None:
         )
     name, attend, note = choose_attention(c.attention, ranks)
     val = ValData(c, ranks)
+    refuse_phases(c, val)
     data = None
     if state is None:
         data = TrainData(c, ranks)
@@ -5957,6 +6000,15 @@ def refuse_experts(c: Config) -> None:
                     f"EVALS={shown(c.evals)}: {label} breaks {broken_conditions(c, label)}; a"
                     " mixture takes causal evaluators alone. Leave it out, or set SLOT_LOSS=past."
                 )
+
+
+def refuse_phases(c: Config, val: ValData) -> None:
+    """Raises BadInput for more phases than documents."""
+    documents = len(document_starts(val)) if c.ttt_phases > 1 else 1
+    if c.ttt_phases > documents:
+        raise BadInput(
+            f"TTT_PHASES={c.ttt_phases}: at most {documents}, the validation split's documents."
+        )
 
 
 def refuse_validation_text(data: TrainData, val: ValData) -> None:
