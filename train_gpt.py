@@ -55,7 +55,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from threading import Thread
 from time import perf_counter, sleep, strftime
@@ -414,9 +414,25 @@ class Config:
     ttt_freeze_blocks: int = setting(0, "First blocks that TTT leaves alone.")
     ttt_momentum: float = setting(0.9, "TTT's momentum of SGD.", high=0.99999)
     ttt_batch_seqs: int = setting(32, "Sequences of a TTT step over all ranks.", low=1, high=10**6)
-    ttt_params: Literal["all", "control"] = setting(
-        "all", "What TTT trains; control: scales, mixes, gates, gains and skips alone (#1518)."
+    ttt_params: Literal["all", "control", "lora"] = setting(
+        "all",
+        "What TTT trains; control: scales, mixes, gates, gains and skips alone (#1518); lora:"
+        " low-rank factors, new ones for each document (#1530).",
     )
+    ttt_lora_rank: int = setting(4, "Rank of the factors.", low=1, high=MAX_INT)
+    ttt_lora_alpha: float = setting(8.0, "The factors' product is times this / TTT_LORA_RANK.")
+    ttt_lora_wd: float = setting(0.0, "Weight decay of the factors: TTT_LR * this a step.")
+    ttt_lora_chunk: int = setting(
+        64, "Targets of a document after which its factors learn.", low=1, high=10**6
+    )
+    ttt_phases: int = setting(
+        1,
+        "Equal parts of the stream: after the documents that start in one, all weights learn from"
+        " them, in one pass of SGD (#1610).",
+        low=1,
+        high=MAX_INT,
+    )
+    ttt_phase_lr: float = setting(0.001, "Rate of that SGD.")
     ttt_optimizer: Literal["sgd", "adamw", "rmsprop"] = setting(
         "sgd", "TTT's optimiser; its state goes on from chunk to chunk."
     )
@@ -831,12 +847,30 @@ def evaluation_problems(c: Config) -> Iterator[tuple[str, str]]:
     if c.slot_reset == "document" and c.slot_delta != "window":
         yield "SLOT_RESET", "needs SLOT_DELTA=window: a batch holds several documents"
     yield from mix_problems(c)
+    if c.ttt_params == "lora":
+        yield from lora_problems(c)
+    elif c.ttt_phases > 1:
+        yield "TTT_PHASES", "needs TTT_PARAMS=lora; set 1"
     asked = [EVALUATORS[label] for label in c.evals if label in EVALUATORS]
     for name in sorted(set().union(*(evaluator.needs() for evaluator in asked)) - on):
         text = (
             f"{name.upper()}=0 leaves out {name.partition('_')[0]}; turn it on, or set EVALS=auto"
         )
         yield "EVALS", text
+
+
+def lora_problems(c: Config) -> Iterator[tuple[str, str]]:
+    """(setting, what is wrong) of TTT by low-rank factors."""
+    for label in evaluators_of(c):
+        if label != "ttt" and label in EVALUATORS and EVALUATORS[label].ttt:
+            yield "TTT_PARAMS", f"{label} has no lora; set EVALS=ttt, or TTT_PARAMS=all"
+    smallest = min(
+        c.model_dim, c.model_dim // c.num_heads * c.num_kv_heads, int(c.model_dim * c.mlp_mult)
+    )
+    if c.ttt_lora_rank > smallest:
+        yield "TTT_LORA_RANK", f"at most {smallest}, the smallest side of a matrix"
+    if c.ttt_lora_chunk > c.eval_seq_len:
+        yield "TTT_LORA_CHUNK", f"at most EVAL_SEQ_LEN={c.eval_seq_len}"
 
 
 def mix_problems(c: Config) -> Iterator[tuple[str, str]]:
@@ -2074,11 +2108,13 @@ class ValData:
         self.dropped = len(tokens) - 1 - self.n
         tokens = tokens[: self.n + 1]
         counts = ByteCounts(c.tokenizer_path, c.vocab_size)
-        if c.documents == "mask" and counts.document_start != DOCUMENT_START:
-            raise BadInput(
-                f"TOKENIZER_PATH={c.tokenizer_path}: its documents begin with token"
-                f" {counts.document_start}; DOCUMENTS=mask needs {DOCUMENT_START}."
-            )
+        for name, value in (("DOCUMENTS", "mask"), ("TTT_PARAMS", "lora")):
+            needed = getattr(c, name.lower()) == value
+            if needed and counts.document_start != DOCUMENT_START:
+                raise BadInput(
+                    f"TOKENIZER_PATH={c.tokenizer_path}: its documents begin with token"
+                    f" {counts.document_start}; {name}={value} needs {DOCUMENT_START}."
+                )
         self.bytes = counts.count(tokens[:-1], tokens[1:])
         self.total_bytes = int(self.bytes.sum(dtype=np.int64))
         if not self.total_bytes:
@@ -2392,15 +2428,33 @@ def layer_plan(c: Config, recurring: bool) -> list[Place]:
     ]
 
 
+class Adapted(NamedTuple):
+    """A matrix and what each sequence of a batch adds to it, b a, which is not multiplied out."""
+
+    weight: Tensor  # [out,in]
+    a: Tensor  # [B,r,in]
+    b: Tensor  # [B,out,r]
+
+
+Factors = Mapping[int, Sequence[tuple[Tensor, Tensor]]]  # by layer: a, b of each of LayerWeights
+
+
+def linear(x: Tensor, w: Tensor | Adapted) -> Tensor:
+    """x [B,T,in] times a matrix [out,in], or times one for each of the B."""
+    if isinstance(w, Tensor):
+        return F.linear(x, w)
+    return F.linear(x, w.weight) + x @ w.a.mT @ w.b.mT
+
+
 class LayerWeights(NamedTuple):
     """A layer's matrices, out of the banks, in the compute dtype: [out,in]."""
 
-    q: Tensor
-    o: Tensor
-    k: Tensor
-    v: Tensor
-    up: Tensor
-    down: Tensor
+    q: Tensor | Adapted
+    o: Tensor | Adapted
+    k: Tensor | Adapted
+    v: Tensor | Adapted
+    up: Tensor | Adapted
+    down: Tensor | Adapted
 
 
 class Visit(NamedTuple):
@@ -2435,9 +2489,9 @@ class Attention(nn.Module):
         """
         B, T, _ = x.shape
         R = visit.rows
-        q = F.linear(last_rows(x, R), w.q).view(B, R, self.heads, -1)
-        k = F.linear(x, w.k).view(B, T, self.kv_heads, -1)
-        raw = values = F.linear(x, w.v)
+        q = linear(last_rows(x, R), w.q).view(B, R, self.heads, -1)
+        k = linear(x, w.k).view(B, T, self.kv_heads, -1)
+        raw = values = linear(x, w.v)
         if visit.value_extra is not None:
             values = raw + visit.value_extra
         v = self.mix_values(values, visit.v_first).view(B, T, self.kv_heads, -1)
@@ -2499,7 +2553,7 @@ class Block(nn.Module):
         x = mix[0] * x + mix[1] * visit.x0
         a, v = self.attn(rms_norm(x) * self.norm_scale, w, visit)
         before = last_rows(x, visit.rows)
-        x = before + attn_scale * F.linear(a, w.o)
+        x = before + attn_scale * linear(a, w.o)
         if lane is not None:
             lane = last_rows(lane, visit.rows)
             return x, lane + mlp_scale * self.mlp(lane, w), v
@@ -2508,8 +2562,8 @@ class Block(nn.Module):
 
     def mlp(self, x: Tensor, w: LayerWeights) -> Tensor:
         """[B,R,D] -> [B,R,D]."""
-        h = F.leaky_relu(F.linear(rms_norm(x) * self.norm_scale, w.up), 0.5).square()
-        return F.linear(h, w.down)
+        h = F.leaky_relu(linear(rms_norm(x) * self.norm_scale, w.up), 0.5).square()
+        return linear(h, w.down)
 
     @staticmethod
     def of_visit(p: Tensor, dims: int, again: int, dtype: torch.dtype) -> Tensor:
@@ -2633,11 +2687,13 @@ class GPT(nn.Module):
         found = () if self.recurring else (self.iter_embed, self.iter_gate)
         return [p for p in found if p is not None]
 
-    def hidden(self, ids: Tensor, tail: int | None = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, tail: int | None = None, factors: Factors | None = None
+    ) -> Tensor:
         """[B,T] ids -> final normalised hidden states [B,T,D].
 
         With tail only the last rows [B,tail,D]: the last block needs the others as keys and values,
-        but not their queries, output and MLP.
+        but not their queries, output and MLP. With factors each sequence has its own matrices.
         """
         c, T, L = self.c, ids.size(1), self.c.num_layers
         x = x0 = self.embed(ids)
@@ -2662,6 +2718,8 @@ class GPT(nn.Module):
                 scale = self.ve_layer_scales[c.ve_layers.index(i)]
                 value_extra = extra * scale.to(self.dtype)
             w = LayerWeights(qo[i], qo[L + i], kv[i], kv[L + i], up[i], down[i])
+            if factors is not None and i in factors:
+                w = LayerWeights(*map(Adapted, w, *zip(*factors[i], strict=True)))
             again = place.again if c.recur_style == "own" else 0
             rows = tail if tail and n == len(plan) else T
             visit = Visit(x0, rope, value_extra, v_first, again, rows, mask)
@@ -4135,8 +4193,8 @@ class Observer:
     Targets are named by their index in the stream, windows by their number in the pass.
     """
 
-    def scoring(self, starts: np.ndarray, firsts: np.ndarray) -> None:
-        """Windows with these starts and first scored rows are scored next, in this order."""
+    def scoring(self, starts: np.ndarray, firsts: np.ndarray, ends: np.ndarray) -> None:
+        """Windows with these starts, first scored rows and ends are scored next, in this order."""
 
     def learned(self, begin: int, end: int) -> None:
         """What is scored from now on may depend on targets begin to end."""
@@ -4964,8 +5022,8 @@ def score_batch(work: Pass, windows: slice) -> list[Any]:
     """Score some windows of a pass into its array; moments [methods + 1] around the methods."""
     c, ranks = work.c, work.ranks
     starts, firsts = work.starts[windows], work.firsts[windows]
-    work.observer.scoring(starts, firsts)
     T = c.eval_seq_len
+    work.observer.scoring(starts, firsts, starts + T)
     n = len(starts)
     tail = c.eval_stride  # rows that are looked at: more in the first window, or for some methods
     if any(method.all_rows for method in work.methods) or firsts.min(initial=T) < T - tail:
@@ -5032,6 +5090,9 @@ def score(
     It has the first job's windows and TTT, which changes the weights. With a checkpoint it can be
     stopped and resumed. Raises Fault unless each target was scored once (C4).
     """
+    if EVALUATORS[jobs[0][0]].ttt and jobs[0][1].ttt_params == "lora":
+        alone = DocumentPass(jobs[0][1], run.ranks, model, val, observer)
+        return alone.score(run, watch or Stopwatch(run.ranks, 1), checkpoint)
     work = Pass(run, model, val, jobs, observer)
     names = "+".join(dict.fromkeys(name for name, _ in jobs))
     ranks, out = work.ranks, work.out
@@ -5065,13 +5126,217 @@ def score(
             if resumed < end:
                 work.train(chunk)
     ranks.sum(out)
-    wrong = int((out[-1] != 1).sum())
-    if wrong:
-        raise Fault(f"{names}: {wrong} of {val.n} targets were not scored exactly once")
+    check_times_scored(names, out[-1])
     spent = watch.by_method()  # waits for the device: before the pass's own time is read
     total = watch.elapsed()
     # a job's seconds leave out what only the other jobs of the pass did
     return [(out[k], total - spent.sum() + spent[k]) for k in range(len(jobs))]
+
+
+def check_times_scored(names: str, times: Tensor) -> None:
+    """Raises Fault unless each target was scored once (C4)."""
+    wrong = int((times != 1).sum())
+    if wrong:
+        raise Fault(f"{names}: {wrong} of {len(times)} targets were not scored exactly once")
+
+
+# TTT_PARAMS=lora (#1530, #1767): each document has W + b a in place of a matrix W [out,in] of the
+# banks, with its own a [r,in], which begins random, and b [out,r], which begins as zero. A document
+# is cut into chunks; each is scored, then a and b take steps on it. Documents know nothing of each
+# other, so their order changes nothing: those of about the same length share a batch. A chunk's
+# window reaches back from where a whole chunk would end: were it moved back to end with the
+# document, how much context its targets have would tell where that is. With TTT_PHASES the stream's
+# documents are done part by part, and between parts W itself learns from the part that was scored.
+
+
+def document_starts(val: ValData) -> np.ndarray:
+    """First target of each document of the stream; the BOS after a document is its last target."""
+    begins = np.flatnonzero(val.tokens[: val.n].cpu().numpy() == DOCUMENT_START)
+    return np.union1d([0], begins)
+
+
+class DocumentFactors:
+    """Factors of a batch of documents, each a row of one tensor [docs,numbers], and their steps."""
+
+    def __init__(self, c: Config, ranks: Ranks, model: GPT) -> None:
+        self.c, self.dtype = c, model.dtype
+        L, r = c.num_layers, c.ttt_lora_rank
+        qo, kv, up, down = (getattr(model, bank) for bank in BANKS)
+        self.layers = range(c.ttt_freeze_blocks, L)
+        self.shapes: list[tuple[int, ...]] = []  # of a, b, a, b ... of each layer's matrices
+        first = []
+        g = torch.Generator().manual_seed(c.seed)
+        for i in self.layers:
+            # in the order of LayerWeights
+            for matrix in (qo[i], qo[L + i], kv[i], kv[L + i], up[i], down[i]):
+                outs, ins = matrix.shape
+                self.shapes += [(r, ins), (outs, r)]
+                a = torch.randn(r, ins, generator=g) / math.sqrt(ins)
+                first += [a.flatten(), torch.zeros(outs * r)]
+        self.first = torch.cat(first or [torch.zeros(0)]).to(ranks.device)
+        self.learn = bool(first) and c.ttt_epochs > 0
+        self.begin(0)
+
+    def begin(self, documents: int) -> None:
+        """Factors of new documents."""
+        self.rows = nn.Parameter(self.first.expand(documents, -1).clone())
+        self.optimizer = ttt_optimizer(self.c)([self.rows])
+        self.optimizer.param_groups[0]["lr"] = self.c.ttt_lr
+
+    def of_first(self, documents: int) -> Factors:
+        """Factors of the batch's first documents, by layer, b times TTT_LORA_ALPHA / rank."""
+        scale = self.c.ttt_lora_alpha / self.c.ttt_lora_rank
+        sizes = [math.prod(shape) for shape in self.shapes]
+        parts = self.rows[:documents].to(self.dtype).split(sizes, 1)
+        tensors = [part.unflatten(1, s) for part, s in zip(parts, self.shapes, strict=True)]
+        pairs = [(a, b * scale) for a, b in zip(tensors[::2], tensors[1::2], strict=True)]
+        n = len(LayerWeights._fields)
+        return {i: pairs[n * k : n * (k + 1)] for k, i in enumerate(self.layers)}
+
+    def step(self, losses: Tensor) -> None:
+        """A step on the losses [n] of the batch's first documents, each with its own clipping."""
+        (grad,) = torch.autograd.grad(losses.sum(), self.rows)
+        if self.c.ttt_grad_clip:
+            norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
+            grad.mul_((self.c.ttt_grad_clip / (norm + 1e-6)).clamp(max=1))
+        self.rows.grad = grad
+        with torch.no_grad():
+            self.rows.mul_(1 - self.c.ttt_lr * self.c.ttt_lora_wd)
+        self.optimizer.step()
+
+
+class DocumentPass:
+    """A pass over the stream, document by document, each with factors of its own."""
+
+    def __init__(
+        self, c: Config, ranks: Ranks, model: GPT, val: ValData, observer: Observer
+    ) -> None:
+        self.c, self.ranks, self.model, self.val, self.observer = c, ranks, model, val, observer
+        self.starts = document_starts(val)
+        self.ends = np.append(self.starts[1:], val.n)
+        self.chunks = -(-(self.ends - self.starts) // c.ttt_lora_chunk)
+        # by where they start: equal numbers of documents would tell how many are still to come
+        part_of = self.starts * c.ttt_phases // val.n
+        parts = [np.flatnonzero(part_of == part) for part in range(c.ttt_phases)]
+        self.phases = [self.by_length(part) for part in parts if len(part)]
+        self.batches = list(chain(*self.phases))
+        self.out = torch.zeros(2, val.n, device=ranks.device)  # nats, and how often it was scored
+        self.factors = DocumentFactors(c, ranks, model)
+        self.trainer: ChunkTrainer | None = None
+        if c.ttt_phases > 1:
+            sgd = functools.partial(torch.optim.SGD, momentum=c.ttt_momentum)
+            self.trainer = ChunkTrainer(c, ranks, model, sgd, c.ttt_freeze_blocks)
+        model.requires_grad_(False)
+
+    def by_length(self, documents: np.ndarray) -> list[np.ndarray]:
+        """Batches of these documents, those with the most chunks first."""
+        c = self.c
+        limit = 98304 if self.ranks.cuda else CPU_TOKENS
+        order = documents[np.argsort(-self.chunks[documents], kind="stable")]
+        batches = []
+        while len(order):
+            window = min(c.eval_seq_len, int(self.chunks[order[0]]) * c.ttt_lora_chunk)
+            # factors and an optimiser's state take what activations of three tokens a rank do
+            size = max(1, limit // (window + 3 * c.ttt_lora_rank))
+            batches.append(order[:size])
+            order = order[size:]
+        return batches
+
+    def score(
+        self, run: Run, watch: Stopwatch, checkpoint: PassCheckpoint | None
+    ) -> list[tuple[Tensor, float]]:
+        """[(nats [N] fp32, seconds)], as score() gives it."""
+        n, world = len(self.batches), self.ranks.world
+        live = self.trainer.live_tensors() if self.trainer else {}
+        # a checkpoint has the nats of all the stream: batches are not in its order
+        before = np.full(n, self.val.n)
+        resumed = checkpoint.resume(self.out, before, live, watch) if checkpoint else 0
+        shown_at = perf_counter()
+        end = 0
+        for batches in self.phases:
+            begin, end = end, end + len(batches)
+            for b in range(max(begin, resumed), end, world):
+                if checkpoint:
+                    checkpoint.mark(b, self.out, live, watch)
+                if b + self.ranks.rank < end:
+                    self.score_batch(self.batches[b + self.ranks.rank])
+                if perf_counter() - shown_at > 2:
+                    shown_at = perf_counter()
+                    done = min(b + world, end)
+                    run.log.line(
+                        f"progress:ttt window:{sum(map(len, self.batches[:done]))}"
+                        f"/{len(self.starts)} chunk:{done}/{n} seconds:{watch.elapsed():.1f}"
+                    )
+            if resumed < end < n:
+                self.train(np.concatenate(batches))
+        self.ranks.sum(self.out)
+        check_times_scored("ttt", self.out[-1])
+        self.ranks.synchronize()
+        return [(self.out[0], watch.elapsed())]
+
+    @CONSOLE.doing("test-time training")
+    def train(self, documents: np.ndarray) -> None:
+        """Let all weights learn from scored documents that follow each other in the stream."""
+        c = self.c
+        begin, end = int(self.starts[documents.min()]), int(self.ends[documents.max()])
+        if self.trainer and end >= c.eval_seq_len:  # its sequences are that long
+            self.observer.learned(begin, end)
+            self.model.requires_grad_(True)
+            with torch.enable_grad():
+                self.trainer.train(self.val.tokens, begin, end, rate=c.ttt_phase_lr, epochs=1)
+            self.model.requires_grad_(False)
+
+    def score_batch(self, documents: np.ndarray) -> None:
+        """Score a batch, chunk by chunk, and let the factors learn from each."""
+        self.factors.begin(len(documents))
+        chunks = self.chunks[documents]
+        for k in range(chunks[0]):
+            self.score_chunk(documents[chunks > k], k, goes_on=int((chunks > k + 1).sum()))
+
+    def score_chunk(self, documents: np.ndarray, k: int, *, goes_on: int) -> None:
+        """Score chunk k of documents [n], and let those learn that go on, which come first."""
+        c = self.c
+        size = c.ttt_lora_chunk
+        length = min((k + 1) * size, c.eval_seq_len)
+        begins, ends = self.starts[documents] + k * size, self.ends[documents]
+        origins = begins + size - length
+        at = origins[:, None] + np.arange(length)
+        inside = at < ends[:, None]  # what comes after is padding
+        ids = self.take(at, inside)
+        targets = self.take(at[:, -size:] + 1, inside[:, -size:])
+        stops = np.minimum(begins + size, ends)
+        self.observer.scoring(origins, begins - origins, stops)
+        learns = self.factors.learn and goes_on > 0
+        with torch.set_grad_enabled(learns):
+            nats = self.nats(ids, targets)
+        places = self.ranks.put(at[:, -size:][inside[:, -size:]])
+        self.out[0, places] = nats.detach()[self.ranks.put(inside[:, -size:])]
+        self.out[1].index_add_(0, places, torch.ones_like(self.out[1, places]))
+        if not learns:
+            return
+        for begin, stop in zip(begins[:goes_on], stops[:goes_on], strict=True):
+            self.observer.learned(int(begin), int(stop))
+        with torch.enable_grad():
+            for epoch in range(c.ttt_epochs):
+                if epoch:  # the first learns from the forward that scored
+                    nats = self.nats(ids[:goes_on], targets[:goes_on])
+                self.factors.step(nats[:goes_on].mean(1))
+
+    def take(self, at: np.ndarray, inside: np.ndarray) -> Tensor:
+        """Tokens at these indices of the stream, 0 where the mask says that they are padding."""
+        return self.val.tokens[self.ranks.put(np.where(inside, at, 0))] * self.ranks.put(inside)
+
+    def nats(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Nats [n,TTT_LORA_CHUNK] at the windows' ends, with the documents' factors.
+
+        Of padding too: a head with few rows rounds otherwise, which would tell where documents end.
+        """
+        factors = self.factors.of_first(len(ids))
+        # the class's: the instance's is compiled for two shapes, and these are many
+        h = GPT.hidden(self.model, ids, targets.size(1), factors)
+        z = self.model.cap(self.model.project(h))
+        nats = F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none")
+        return nats.view_as(targets)
 
 
 def mean_and_bpb(val: ValData, nats: Tensor, label: str) -> tuple[float, float]:
@@ -5673,6 +5938,7 @@ def run_all(c: Config) -> None:
         )
     name, attend, note = choose_attention(c.attention, ranks)
     val = ValData(c, ranks)
+    refuse_phases(c, val)
     data = None
     if state is None:
         data = TrainData(c, ranks)
@@ -5779,6 +6045,15 @@ def refuse_experts(c: Config) -> None:
                     f"EVALS={shown(c.evals)}: {label} breaks {broken_conditions(c, label)}; a"
                     " mixture takes causal evaluators alone. Leave it out, or set SLOT_LOSS=past."
                 )
+
+
+def refuse_phases(c: Config, val: ValData) -> None:
+    """Raises BadInput for more phases than documents."""
+    documents = len(document_starts(val)) if c.ttt_phases > 1 else 1
+    if c.ttt_phases > documents:
+        raise BadInput(
+            f"TTT_PHASES={c.ttt_phases}: at most {documents}, the validation split's documents."
+        )
 
 
 def refuse_validation_text(data: TrainData, val: ValData) -> None:
