@@ -57,6 +57,7 @@ RUNGS = {
         "ttt TTT_PARAMS=control TTT_OPTIMIZER=adamw",
         {"TTT_LR": "0.0003,0.001,0.003"},
     ),
+    "TTT, LoRA": ("ttt TTT_PARAMS=lora TTT_OPTIMIZER=adamw", {"TTT_LR": "0.001,0.003,0.01"}),
 }
 STACKS = {
     f"{ttt} + {slot}": (ttt, slot)
