@@ -128,8 +128,6 @@ BESIDE = dict(
     TTT_LORA_ALPHA=(1, LORA),
     TTT_LORA_WD=(10, LORA),
     TTT_LORA_CHUNK=(16, LORA),
-    TTT_PHASES=(1, LORA | dict(TTT_PHASES=2)),
-    TTT_PHASE_LR=(0.1, LORA | dict(TTT_PHASES=2)),
     CTW_WEIGHT=(0.1, CTW),
     CTW_ENTROPY_THRESHOLD=(4, CTW),
     LAWA_ENABLED=(0, LAWA),
@@ -156,6 +154,8 @@ ELSEWHERE = {
     "SAVE_EVERY",
     "RESUME",
     "DOCUMENTS",
+    "TTT_PHASES",
+    "TTT_PHASE_LR",
 }
 
 
