@@ -876,12 +876,10 @@ def lora_problems(c: Config) -> Iterator[tuple[str, str]]:
 def mix_problems(c: Config) -> Iterator[tuple[str, str]]:
     """(setting, what is wrong) of a mixture of evaluators."""
     for at, label in enumerate(c.evals):
-        if label not in EVALUATORS or not EVALUATORS[label].mixes:
-            continue
-        if at != len(c.evals) - 1:
-            yield "EVALS", f"{label} mixes those before it; name it last"
-        if at < 2:
-            yield "EVALS", f"{label} needs two other evaluators before it, or more"
+        if label == "mix" and at != len(c.evals) - 1:
+            yield "EVALS", "mix mixes those before it; name it last"
+        if label == "mix" and at < 2:
+            yield "EVALS", "mix needs two other evaluators before it, or more"
 
 
 def help_page(family: str = "") -> str:
@@ -4747,22 +4745,22 @@ class ChunkTrainer:
                     self.frozen.append(gradient)
 
     def live_tensors(self) -> dict[str, Tensor]:
-        """What training changes, by name: parameters, and the optimiser's state, made if need be.
-
-        A step of rate 0 without gradients makes it; then it is put to zero, as it begins.
-        """
+        """What training changes, by name: parameters and the optimiser's state, made if need be."""
         if not self.optimizer.state:
-            self.optimizer.param_groups[0]["lr"] = 0.0
-            self.optimizer.step()
-            for state in self.optimizer.state.values():
-                for tensor in state.values():
-                    if isinstance(tensor, Tensor):
-                        tensor.zero_()
+            self.make_state()
         live: dict[str, Tensor] = dict(self.params)
         for name, p in self.params.items():
             state = self.optimizer.state[p]
-            live |= {f"{key}.{name}": t for key, t in state.items() if isinstance(t, Tensor)}
+            live |= {f"{key}.{name}": t for key, t in state.items() if torch.is_tensor(t)}
         return live
+
+    def make_state(self) -> None:
+        """Make the optimiser's state, which is zero at first: a step of rate 0 makes it."""
+        self.optimizer.param_groups[0]["lr"] = 0.0
+        self.optimizer.step()
+        for state in self.optimizer.state.values():
+            for tensor in filter(torch.is_tensor, state.values()):
+                tensor.zero_()
 
     def train(self, tokens: Tensor, begin: int, end: int, *, rate: float, epochs: int) -> None:
         """Passes over targets begin to end of the stream, in sequences of EVAL_SEQ_LEN.
@@ -5361,40 +5359,56 @@ def evaluate(
     a restart is not done again.
     """
     passes: dict[tuple[bool, bool, bool], list[str]] = {}
-    mix = [label for label in labels if EVALUATORS[label].mixes]
-    to_mix: dict[str, Tensor] = {}
     for label in labels:
-        if label not in mix:
+        if not EVALUATORS[label].mixes:
             passes.setdefault(pass_of(label), []).append(label)
+    mix = "mix" in labels and f"final_{weights}_mix" not in run.log.rows
+    nats: dict[str, Tensor] = {}
     for group in passes.values():
-        missing = [label for label in group if f"final_{weights}_{label}" not in run.log.rows]
-        if mix and not missing:
-            to_mix |= kept_nats(run, val, weights, group)
-        if not missing and (not mix or to_mix.keys() >= {*group}):
-            continue
-        name = f"{weights}_{'+'.join(group)}"
-        checkpoint = PassCheckpoint(c, run, f"progress_{name}")
-        with put_back(model.parameters()):
-            jobs = [(label, c) for label in group]
-            watch = Stopwatch(run.ranks, len(jobs))
-            results = score(run, model, val, jobs, watch=watch, checkpoint=checkpoint)
-            total = watch.elapsed()
-        figures: dict[str, Any] = {"eval_time": 1000 * total}
-        if watch.compiling:
-            figures["compile_time"] = 1000 * watch.compiling
-        run.log.metric(f"pass_{name}", **figures)
-        for label, (nats, seconds) in zip(group, results, strict=True):
-            if mix:
-                to_mix[label] = nats
-                run.store.save(f"scored_{weights}_{label}", 0, {"nats": nats})
-            if label in missing:
-                log_result(c, run, val, weights, label, nats=nats, seconds=seconds)
-        run.store.wait()
-        remove_files(run, "progress_*")
-    for label in mix:
-        if f"final_{weights}_{label}" not in run.log.rows:
-            log_mixture(c, run, val, weights, label, to_mix)
+        done = all(f"final_{weights}_{label}" in run.log.rows for label in group)
+        if mix and done:
+            nats |= kept_nats(run, val, weights, group)
+            done = nats.keys() >= {*group}
+        if not done:
+            nats |= evaluate_pass(c, run, model, val, weights, labels=group, keep=mix)
+            remove_files(run, "progress_*")
+    if mix:
+        log_mixture(c, run, val, weights, nats)
     remove_files(run, "scored_*")
+
+
+def evaluate_pass(
+    c: Config,
+    run: Run,
+    model: GPT,
+    val: ValData,
+    weights: str,
+    *,
+    labels: Sequence[str],
+    keep: bool,
+) -> dict[str, Tensor]:
+    """Nats [N] by evaluator of those that share a pass, with a result line for each.
+
+    keep: save them, for a mixture that may come after a restart.
+    """
+    name = f"{weights}_{'+'.join(labels)}"
+    checkpoint = PassCheckpoint(c, run, f"progress_{name}")
+    with put_back(model.parameters()):
+        jobs = [(label, c) for label in labels]
+        watch = Stopwatch(run.ranks, len(jobs))
+        results = score(run, model, val, jobs, watch=watch, checkpoint=checkpoint)
+        total = watch.elapsed()
+    figures: dict[str, Any] = {"eval_time": 1000 * total}
+    if watch.compiling:
+        figures["compile_time"] = 1000 * watch.compiling
+    run.log.metric(f"pass_{name}", **figures)
+    for label, (nats, seconds) in zip(labels, results, strict=True):
+        if f"final_{weights}_{label}" not in run.log.rows:
+            log_result(c, run, val, weights, label, nats=nats, seconds=seconds)
+        if keep:
+            run.store.save(f"scored_{weights}_{label}", 0, {"nats": nats})
+    run.store.wait()
+    return {label: nats for label, (nats, _) in zip(labels, results, strict=True)}
 
 
 def remove_files(run: Run, kind: str) -> None:
@@ -5406,33 +5420,31 @@ def remove_files(run: Run, kind: str) -> None:
 
 def kept_nats(run: Run, val: ValData, weights: str, labels: Sequence[str]) -> dict[str, Tensor]:
     """Nats [N] of evaluators that were done before a restart, of those whose file is whole."""
+    check = functools.partial(check_nats, n=val.n)
+    there = {label: run.store.restore(f"scored_{weights}_{label}", check) for label in labels}
+    return {label: tensors["nats"] for label, tensors in there.items() if tensors}
 
-    def check(there: Mapping[str, Tensor]) -> None:
-        if {name: t.shape for name, t in there.items()} != {"nats": (val.n,)}:
-            raise ValueError("it has no nats of this stream")
 
-    found = {}
-    for label in labels:
-        there = run.store.restore(f"scored_{weights}_{label}", check)
-        if there:
-            found[label] = there["nats"]
-    return found
+def check_nats(there: Mapping[str, Tensor], n: int) -> None:
+    """Raises ValueError unless a file has the nats [n] of a stream."""
+    if {name: tensor.shape for name, tensor in there.items()} != {"nats": (n,)}:
+        raise ValueError("it has no nats of this stream")
 
 
 def log_mixture(
-    c: Config, run: Run, val: ValData, weights: str, label: str, nats: Mapping[str, Tensor]
+    c: Config, run: Run, val: ValData, weights: str, nats: Mapping[str, Tensor]
 ) -> None:
     """Log the result line of a mixture of evaluators; its time is theirs and its own."""
     began = perf_counter()
     names = experts(c)
     mixed, mean = mixture(c, torch.stack([nats[name].cpu() for name in names]))
     parts = " ".join(f"{name}:{weight:.4f}" for name, weight in zip(names, mean, strict=True))
-    run.log.line(f"{label}: mean weights {parts}")
+    run.log.line(f"mix: mean weights {parts}")
     seconds = perf_counter() - began
-    run.log.metric(f"pass_{weights}_{label}", eval_time=1000 * seconds)
+    run.log.metric(f"pass_{weights}_mix", eval_time=1000 * seconds)
     passes = [row for n, row in run.log.rows.items() if n.startswith(f"pass_{weights}_")]
     seconds = sum(row["eval_time"] for row in passes) / 1000
-    log_result(c, run, val, weights, label, nats=mixed, seconds=seconds)
+    log_result(c, run, val, weights, "mix", nats=mixed, seconds=seconds)
 
 
 def pass_of(label: str) -> tuple[bool, bool, bool]:

@@ -53,6 +53,11 @@ FITTED = (
 )
 FITS = ((3, "0.001"), (24, "0.003"), (24, "0.012"))  # steps and rates shown of it
 SPLITS = ("slot/split_demo", "slot/split_6x192")  # the demo's model, and one for FineWeb
+LADDERS = {  # runs of tools.ladder, and what they are of
+    "demo_ladder": "demo",
+    "s200_ladder": "FineWeb, 200 steps",
+    "s800_ladder": "FineWeb, 800 steps",
+}
 TRAINING_ROWS = (
     ("nothing", "default"),
     ("XSA in all layers", "xsa"),
@@ -248,6 +253,43 @@ def honest_lines() -> list[str]:
     ctw = [best(name, "ctw") for name in ("slot/ctw_demo", "slot/ctw_6x192")]
     rows.append(["CTW mixed in, best of 8", *map(interval, ctw)])
     return table("method | demo | FineWeb", rows)
+
+
+def ladder_rows(name: str) -> dict[str, dict]:
+    """Rows of a run of tools.ladder by name."""
+    return {row["row"]: row for row in ablate.read_results(LOGS / "ladder" / name, "ladder.csv")}
+
+
+def ladder_lines() -> list[str]:
+    """The ladder on the demo's artifact, and on models for FineWeb that know less and more."""
+    found = [ladder_rows(name) for name in LADDERS]
+    rows = []
+    for name, row in found[0].items():
+        causal = "yes" if row["causal"] else "no"
+        gains = [interval(ladder[name]) for ladder in found]
+        rows.append([name, *gains, f"{row['seconds']:.0f}", causal])
+    head = " | ".join(LADDERS.values())
+    return table(f"rung | {head} | seconds, demo | causal", rows)
+
+
+def chosen_lines() -> list[str]:
+    """What was chosen for each rung of the ladders."""
+    found: list[dict[str, str]] = []
+    for name in LADDERS:
+        text = console.read_text(LOGS / "ladder" / f"{name}.txt")
+        words = re.findall(r"^chosen for ([^:\n{]+): \w+ ?(.*)$", text, re.M)
+        found.append({rung: settings for rung, settings in words if settings})
+    rows = []
+    for rung in found[0]:
+        fixed = set.intersection(*({*chosen[rung].split()} for chosen in found))
+        changing = [
+            ", ".join(w for w in chosen[rung].split() if w not in fixed) or "the same"
+            for chosen in found
+        ]
+        rows.append(
+            [rung, f"`{' '.join(w for w in found[0][rung].split() if w in fixed)}`", *changing]
+        )
+    return table(f"rung | of all | {' | '.join(LADDERS.values())}", rows)
 
 
 def ctw_lines() -> list[str]:
