@@ -40,7 +40,7 @@ SCORES = (
     ("sliding windows, stride 64", "seed", "sliding_window"),
     ("score-first TTT", "seed", "ttt"),
     ("score-first TTT with SLOT, as #1084", "seed", "ttt_slot"),
-    ("score-first TTT, `PRESET=demo,best_demo`", "best_seed", "ttt"),
+    ("score-first TTT, `PRESET=demo,best_demo SKIP_GATES_ENABLED=0`", "best_seed", "ttt"),
 )
 # Rows of the table of SLOT's gain: what delta is fitted to, and the name in the logs.
 FITTED = (
@@ -206,6 +206,22 @@ def carried_lines() -> list[str]:
         score = metrics(f"best_demo/choose_{name}")["final_float_roundtrip"]["val_bpb"]
         rows.append([what, f"`best_demo/choose_{name}`", f"{score:.4f}", f"{score - base:+.4f}"])
     return table("changed | log | val_bpb | difference", rows, numbers=2)
+
+
+def carried_seed_lines() -> list[str]:
+    """PRESET=demo,best_demo with skip gates and without, seed by seed."""
+    rows, scores = [], {}
+    for what, name in (("without skip gates", "old"), ("with", "skip_gates")):
+        logs = [read_log(LOGS / "best_demo" / f"{name}_seed{seed}.txt") for seed in SEEDS]
+        scores[name] = [log.results["sliding_window"].val_bpb for log in logs]
+        mean = statistics.mean(scores[name])
+        rows.append([what, *(f"{score:.4f}" for score in scores[name]), f"{mean:.4f}"])
+    moved = [new - old for new, old in zip(scores["skip_gates"], scores["old"], strict=True)]
+    p = stats.ttest_1samp(moved, 0).pvalue
+    mean = f"{statistics.mean(moved):+.4f} (paired t-test, p = {p:.2f})"
+    rows.append(["difference", *(f"{change:+.4f}" for change in moved), mean])
+    seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
+    return table(f"`demo,best_demo` | {seeds} | mean", rows, numbers=4)
 
 
 def finding_lines() -> list[str]:
@@ -482,6 +498,7 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "training": training_lines,
     "best": best_lines,
     "carried": carried_lines,
+    "carried-seeds": carried_seed_lines,
     "findings": finding_lines,
     "gains": gain_lines,
     "honest": honest_lines,
