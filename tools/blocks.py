@@ -40,7 +40,7 @@ SCORES = (
     ("sliding windows, stride 64", "seed", "sliding_window"),
     ("score-first TTT", "seed", "ttt"),
     ("score-first TTT with SLOT, as #1084", "seed", "ttt_slot"),
-    ("score-first TTT, `PRESET=demo,best_demo`", "best_seed", "ttt"),
+    ("score-first TTT, `PRESET=demo,best_demo SKIP_GATES_ENABLED=0`", "best_seed", "ttt"),
 )
 # Rows of the table of SLOT's gain: what delta is fitted to, and the name in the logs.
 FITTED = (
@@ -76,6 +76,12 @@ CARRIED_ROWS = (
     ("skip gates", "skip_gates"),
     ("two lanes from layer 2", "lanes"),
     ("rates of matrices, scalars and embeddings times 1.4", "rates"),
+)
+# DOCUMENTS in training and in evaluation, and the logs' names in logs/documents before the seed.
+DOCUMENT_ROWS = (
+    ("joined", "joined", "train_joined"),
+    ("joined", "mask", "train_joined_eval_mask"),
+    ("mask", "mask", "train_mask"),
 )
 # The lineage's own scores of its artifacts, nats a token, each target once; and our logs of them.
 EQUALITY = (
@@ -354,6 +360,20 @@ def equality_lines() -> list[str]:
     return table("artifact | evaluator | lineage's script | this script | log", rows)
 
 
+def documents_lines() -> list[str]:
+    """DOCUMENTS=joined and mask, in training and in evaluation: val_loss of sliding windows."""
+    rows, base = [], []
+    for trained, scored, name in DOCUMENT_ROWS:
+        logs = [read_log(LOGS / "documents" / f"{name}_seed{seed}.txt") for seed in SEEDS]
+        losses = [log.results["sliding_window"].val_loss for log in logs]
+        base = base or losses
+        moved = [loss - first for loss, first in zip(losses, base, strict=True)]
+        change = f"{statistics.mean(moved):+.4f} ({min(moved):+.4f} to {max(moved):+.4f})"
+        rows.append([trained, scored, f"{statistics.mean(losses):.4f}", change])
+    rows[0][-1] = ""
+    return table("trained | evaluated | val_loss | difference (lowest to highest)", rows, numbers=2)
+
+
 def full_size_lines() -> list[str]:
     """One training step of each preset at full size, as tests/full_size.py says."""
     text = (LOGS / "presets" / "full_size.txt").read_text()
@@ -487,6 +507,7 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "landing": landing_lines,
     "qat": qat_lines,
     "equality": equality_lines,
+    "documents": documents_lines,
     "full-size": full_size_lines,
     "traffic": traffic_lines,
     "bf16": bf16_lines,
