@@ -1279,7 +1279,7 @@ def read_header(
     if not isinstance(header, dict) or not isinstance(header.get("tensors"), list):
         raise ValueError("its header is no object with tensors")
     if not header.keys() <= HEADER_NAMES:
-        raise ValueError(f"its header has {', '.join(header.keys() - HEADER_NAMES)}")
+        raise ValueError(f"its header has {', '.join(sorted(header.keys() - HEADER_NAMES))}")
     claims: Claims = {}
     for row in header["tensors"]:
         match row:
