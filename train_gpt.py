@@ -536,6 +536,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best_demo": dict(  # as PRESET=demo,best_demo: what helps the demo and costs it no time
         SLOT_ENABLED=0, EVALS="auto", DATA_ORDER="coprime", MIN_LR=0.05, XSA_LAST_N=4,
         SKIP_GATES_ENABLED=1, NEWTON_SCHULZ="polar_express", MUON_WD=0.085, QUANT="gptq",
+        TTT_PARAMS="lora", TTT_OPTIMIZER="adamw", TTT_LR=0.003,
     ),
     "demo": dict(
         DATA_PATH="./data/datasets/demo_sp1024",

@@ -40,7 +40,7 @@ SCORES = (
     ("sliding windows, stride 64", "seed", "sliding_window"),
     ("score-first TTT", "seed", "ttt"),
     ("score-first TTT with SLOT, as #1084", "seed", "ttt_slot"),
-    ("score-first TTT, `PRESET=demo,best_demo SKIP_GATES_ENABLED=0`", "best_seed", "ttt"),
+    ("score-first TTT, `PRESET=demo,best_demo` of an earlier version", "best_seed", "ttt"),
 )
 # Rows of the table of SLOT's gain: what delta is fitted to, and the name in the logs.
 FITTED = (
@@ -53,11 +53,6 @@ FITTED = (
 )
 FITS = ((3, "0.001"), (24, "0.003"), (24, "0.012"))  # steps and rates shown of it
 SPLITS = ("slot/split_demo", "slot/split_6x192")  # the demo's model, and one for FineWeb
-LADDERS = {  # runs of tools.ladder, and what they are of
-    "demo_ladder": "demo",
-    "s200_ladder": "FineWeb, 200 steps",
-    "s800_ladder": "FineWeb, 800 steps",
-}
 TRAINING_ROWS = (
     ("nothing", "default"),
     ("XSA in all layers", "xsa"),
@@ -283,35 +278,25 @@ def ladder_rows(name: str) -> dict[str, dict]:
 
 
 def ladder_lines() -> list[str]:
-    """The ladder on the demo's artifact, and on models for FineWeb that know less and more."""
-    found = [ladder_rows(name) for name in LADDERS]
-    rows = []
-    for name, row in found[0].items():
-        causal = "yes" if row["causal"] else "no"
-        gains = [interval(ladder[name]) for ladder in found]
-        rows.append([name, *gains, f"{row['seconds']:.0f}", causal])
-    head = " | ".join(LADDERS.values())
-    return table(f"rung | {head} | seconds, demo | causal", rows)
+    """The ladder on the demo's artifact."""
+    rows = [
+        [
+            name,
+            f"{row['val_bpb']:.4f}",
+            interval(row),
+            f"{row['seconds']:.0f}",
+            "yes" if row["causal"] else "no",
+        ]
+        for name, row in ladder_rows("demo_ladder").items()
+    ]
+    return table("rung | val_bpb | to sliding | seconds | causal", rows)
 
 
 def chosen_lines() -> list[str]:
-    """What was chosen for each rung of the ladders."""
-    found: list[dict[str, str]] = []
-    for name in LADDERS:
-        text = console.read_text(LOGS / "ladder" / f"{name}.txt")
-        words = re.findall(r"^chosen for ([^:\n{]+): \w+ ?(.*)$", text, re.M)
-        found.append({rung: settings for rung, settings in words if settings})
-    rows = []
-    for rung in found[0]:
-        fixed = set.intersection(*({*chosen[rung].split()} for chosen in found))
-        changing = [
-            ", ".join(w for w in chosen[rung].split() if w not in fixed) or "the same"
-            for chosen in found
-        ]
-        rows.append(
-            [rung, f"`{' '.join(w for w in found[0][rung].split() if w in fixed)}`", *changing]
-        )
-    return table(f"rung | of all | {' | '.join(LADDERS.values())}", rows)
+    """What was chosen for each rung of the ladder."""
+    text = console.read_text(LOGS / "ladder" / "demo_ladder.txt")
+    words = re.findall(r"^chosen for ([^:\n{]+): \w+ (.+)$", text, re.M)
+    return table("rung | settings", [[rung, f"`{settings}`"] for rung, settings in words])
 
 
 def ctw_lines() -> list[str]:
@@ -502,6 +487,8 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "findings": finding_lines,
     "gains": gain_lines,
     "honest": honest_lines,
+    "ladder": ladder_lines,
+    "chosen": chosen_lines,
     "ctw": ctw_lines,
     "quantisers": quantiser_lines,
     "landing": landing_lines,
