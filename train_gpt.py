@@ -98,6 +98,7 @@ class Evaluator:
     sliding: bool = True  # overlapping windows; else disjoint ones
     ttt: bool = False  # trains on each chunk after it was scored
     switch: str = ""  # setting that its method needs on
+    mixes: bool = False  # scores nothing itself: a mixture of the evaluators named before it
 
     def needs(self) -> set[str]:
         """Settings that must be on for it."""
@@ -112,6 +113,7 @@ EVALUATORS = {
     "slot": Evaluator("Slot", switch="slot_enabled"),
     "ttt_ctw": Evaluator("Ctw", ttt=True, switch="ctw_weight"),
     "ctw": Evaluator("Ctw", switch="ctw_weight"),
+    "mix": Evaluator("", mixes=True),
 }
 
 
@@ -408,6 +410,12 @@ class Config:
     ttt_freeze_blocks: int = setting(0, "First blocks that TTT leaves alone.")
     ttt_momentum: float = setting(0.9, "TTT's momentum of SGD.", high=0.99999)
     ttt_batch_seqs: int = setting(32, "Sequences of a TTT step over all ranks.", low=1, high=10**6)
+    ttt_params: Literal["all", "control"] = setting(
+        "all", "What TTT trains; control: scales, mixes, gates, gains and skips alone (#1518)."
+    )
+    ttt_optimizer: Literal["sgd", "adamw", "rmsprop"] = setting(
+        "sgd", "TTT's optimiser; its state goes on from chunk to chunk."
+    )
     ttt_grad_clip: float = setting(1.0, "Cap on the norm of TTT's gradient; 0: none.", high=MAX_INT)
     slot_enabled: bool = setting(True, "SLOT, in TTT's scoring with TTT_ENABLED=1.")
     slot_delta: Literal["shared", "window"] = setting(
@@ -425,6 +433,14 @@ class Config:
     slot_hyper_lr: float = setting(
         0.0, "Hypergradient (arXiv:2502.11229): rates move by this * (gradient . last gradient)."
     )
+    slot_decay: float = setting(
+        0.0, "Share of what SLOT_LOSS=past carries that each fit forgets.", high=0.999999
+    )
+    slot_reset: Literal["none", "document"] = setting(
+        "none",
+        "document: after a window in which a document begins, SLOT_LOSS=past goes on from the mean"
+        " of what earlier documents ended with.",
+    )
     slot_batch_seqs: int = setting(
         32, "Consecutive windows of a batch, which share a delta.", low=1, high=10**6
     )
@@ -436,6 +452,13 @@ class Config:
     ctw_depth: int = setting(4, "Tokens of CTW's longest context.", high=64)
     ctw_entropy_threshold: float = setting(
         2.0, "CTW is mixed in where the model's entropy is above this, in nats."
+    )
+
+    mix_block: int = setting(
+        256, "Scored targets after which EVALS=...,mix shares weight out.", low=1, high=10**9
+    )
+    mix_share: float = setting(
+        0.01, "Share of a block's weights that mix gives to all its experts alike.", high=1
     )
 
     # Names, in small letters, of variables and arguments: LOAD_ARTIFACT refuses those that the
@@ -795,12 +818,32 @@ def evaluation_problems(c: Config) -> Iterator[tuple[str, str]]:
     if c.evals == ("auto",) and on and on not in together:
         given = ", ".join(f"{name.upper()}={shown(getattr(c, name))}" for name in sorted(on))
         yield "EVALS", f"no evaluator has {given} together; turn one off, or name evaluators"
+    for name, usual in (("slot_decay", 0.0), ("slot_reset", "none")):
+        if getattr(c, name) != usual and not (c.slot_enabled and c.slot_loss == "past"):
+            yield (
+                name.upper(),
+                f"needs SLOT_ENABLED=1 and SLOT_LOSS=past, which carries; set {usual}",
+            )
+    if c.slot_reset == "document" and c.slot_delta != "window":
+        yield "SLOT_RESET", "needs SLOT_DELTA=window: a batch holds several documents"
+    yield from mix_problems(c)
     asked = [EVALUATORS[label] for label in c.evals if label in EVALUATORS]
     for name in sorted(set().union(*(evaluator.needs() for evaluator in asked)) - on):
         text = (
             f"{name.upper()}=0 leaves out {name.partition('_')[0]}; turn it on, or set EVALS=auto"
         )
         yield "EVALS", text
+
+
+def mix_problems(c: Config) -> Iterator[tuple[str, str]]:
+    """(setting, what is wrong) of a mixture of evaluators."""
+    for at, label in enumerate(c.evals):
+        if label not in EVALUATORS or not EVALUATORS[label].mixes:
+            continue
+        if at != len(c.evals) - 1:
+            yield "EVALS", f"{label} mixes those before it; name it last"
+        if at < 2:
+            yield "EVALS", f"{label} needs two other evaluators before it, or more"
 
 
 def help_page(family: str = "") -> str:
@@ -2820,11 +2863,14 @@ def put_back(params: Iterable[Tensor]) -> Iterator[None]:
     """What is done to params inside is undone at its end, also if that is an error."""
     params = list(params)
     kept = [p.detach().clone() for p in params]
+    trained = [p.requires_grad for p in params]
     try:
         yield
     finally:
         with torch.no_grad():
             torch._foreach_copy_(params, kept)
+        for p, flag in zip(params, trained, strict=True):
+            p.requires_grad_(flag)
 
 
 class Optimizer:
@@ -4222,6 +4268,7 @@ class Slot(ScoringMethod):
         self.by_window = c.slot_delta == "window"
         self.past = c.slot_loss == "past"
         self.carry = self.fresh(1)  # AdamW's state from fit to fit, with SLOT_LOSS=past
+        self.mean = self.fresh(1)  # of what it was at documents' ends, and their number
 
     @staticmethod
     def leaks(c: Config) -> bool:
@@ -4234,8 +4281,9 @@ class Slot(ScoringMethod):
         return self.c.slot_batch_seqs
 
     def state(self) -> dict[str, Tensor]:
-        """AdamW's state, which SLOT_LOSS=past carries from fit to fit."""
-        return {"carry": self.carry}
+        """What SLOT_LOSS=past carries from fit to fit."""
+        own = {"carry": self.carry}
+        return own | {"mean": self.mean} if self.c.slot_reset == "document" else own
 
     def fresh(self, groups: int) -> Tensor:
         """AdamW's state [4,groups,P] at zero."""
@@ -4310,7 +4358,8 @@ class Slot(ScoringMethod):
             if rank == self.ranks.rank:
                 found += self.group_nats(b)
             if self.past and self.ranks.world > 1:
-                dist.broadcast(self.carry, rank)
+                for tensor in self.state().values():
+                    dist.broadcast(tensor, rank)
         return torch.cat(found)
 
     def group_nats(self, b: Batch) -> Iterator[Tensor]:
@@ -4340,10 +4389,24 @@ class Slot(ScoringMethod):
             if self.past:  # scored first, with what earlier windows left
                 yield row_nll(self.model, h, targets, scored, self.shift(self.carry))
                 self.fit(*data, self.carry)
+                self.forget(targets.flatten()[scored])
             else:
                 state = self.fresh(groups)
                 self.fit(*data, state)
                 yield row_nll(self.model, h, targets, scored, self.shift(state))
+
+    def forget(self, targets: Tensor) -> None:
+        """After a fit to these targets: SLOT_DECAY, and SLOT_RESET at a document's beginning."""
+        if self.c.slot_decay:
+            self.carry[0] *= 1 - self.c.slot_decay
+        if self.c.slot_reset == "document":
+            ends = (targets == DOCUMENT_START).any()
+            mean = self.mean[0]
+            self.mean[3] += ends
+            mean += ends * (self.carry[0] - mean) / self.mean[3].clamp(min=1)
+            start = torch.zeros_like(self.carry)
+            start[0] = mean
+            self.carry.copy_(torch.where(ends, start, self.carry))
 
     def tell(self, b: Batch, first: int, flat: np.ndarray, shares: np.ndarray) -> None:
         """Tell the observer what the groups from the batch's window `first` on are fitted to."""
@@ -4470,6 +4533,37 @@ class Ctw(ScoringMethod):
         return torch.cat(nats)
 
 
+def experts(c: Config) -> tuple[str, ...]:
+    """Evaluators that EVALS=...,mix mixes: those before it."""
+    return tuple(label for label in c.evals if not EVALUATORS[label].mixes)
+
+
+def mixture(c: Config, nats: Tensor) -> tuple[Tensor, np.ndarray]:
+    """(nats [N] of a mixture of experts, their mean weights [K]) from the experts' own nats [K,N].
+
+    Fixed share (Herbster and Warmuth 1998): a target's probability is the mean of the experts' by
+    weights in proportion to what each gave to the targets before; after a block of MIX_BLOCK
+    targets all experts get MIX_SHARE of the weight in equal parts. So it is a distribution, and
+    depends on the past alone. Over N targets it loses to the best expert at most
+    ln K - (N / MIX_BLOCK) ln(1 - MIX_SHARE) nats, and to experts that change places a little more.
+    """
+    K, n = nats.shape
+    log_weights = np.full((K, 1), -math.log(K))
+    mixed = np.empty(n)
+    total = np.zeros(K)
+    for begin in range(0, n, c.mix_block):
+        own = nats[:, begin : begin + c.mix_block].cpu().double().numpy()
+        past = np.cumsum(own, 1) - own
+        share = log_weights - past
+        share -= np.logaddexp.reduce(share, 0)
+        mixed[begin : begin + own.shape[1]] = -np.logaddexp.reduce(share - own, 0)
+        total += np.exp(share).sum(1)
+        log_weights -= own.sum(1, keepdims=True)
+        weights = np.exp(log_weights - np.logaddexp.reduce(log_weights, 0))
+        log_weights = np.log((1 - c.mix_share) * weights + c.mix_share / K + 1e-300)
+    return torch.from_numpy(mixed), total / n
+
+
 def broken_conditions(c: Config, label: str) -> str:
     """Which conditions of C1 to C4 (issue #1017) an evaluator breaks, "" if it is causal.
 
@@ -4477,7 +4571,8 @@ def broken_conditions(c: Config, label: str) -> str:
     probabilities sum to 1. C3: nothing is fitted to a target before it was scored. C4: each target
     is scored once, which score() makes sure of.
     """
-    leak = ScoringMethod.BY_NAME[EVALUATORS[label].method].leaks(c)
+    scored = experts(c) if EVALUATORS[label].mixes else [label]
+    leak = any(ScoringMethod.BY_NAME[EVALUATORS[name].method].leaks(c) for name in scored)
     # a fit that sees the target favours whichever it is: over all targets that sums to more than 1
     broken = ["C1", "C2"] if leak else []
     if leak or c.prequant_ttt_enabled or c.calibration == "validation":
@@ -4509,6 +4604,15 @@ def micro_batches(ranks: Ranks, sequences: int, length: int) -> int:
     return sequences
 
 
+def ttt_optimizer(c: Config) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """What makes TTT's optimiser of parameters; rates come with each chunk."""
+    if c.ttt_optimizer == "adamw":
+        return functools.partial(torch.optim.AdamW, weight_decay=0.0)
+    if c.ttt_optimizer == "rmsprop":
+        return torch.optim.RMSprop
+    return functools.partial(torch.optim.SGD, momentum=c.ttt_momentum)
+
+
 class ChunkTrainer:
     """Trains the model on stretches of the validation stream."""
 
@@ -4519,21 +4623,49 @@ class ChunkTrainer:
         model: GPT,
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         frozen_blocks: int,
+        *,
+        which: str = "all",
     ) -> None:
+        """Trains all parameters, or with which="control" those that an artifact keeps in fp32.
+
+        The others get no gradient until put_back() ends.
+        """
         self.c, self.ranks, self.model = c, ranks, model
-        params = list(model.parameters())
-        self.optimizer = optimizer(params)
-        sizes = [p.numel() for p in params]
+        self.params: dict[str, nn.Parameter] = {}
+        for name, p in model.named_parameters():
+            p.requires_grad_(which == "all" or export_kind(c, name) == "fp32")
+            if p.requires_grad:
+                self.params[name] = p
+        self.optimizer = optimizer(list(self.params.values()))
+        sizes = [p.numel() for p in self.params.values()]
         # all gradients in one tensor, to clear, sum and clip as one
         self.grad = torch.zeros(sum(sizes), device=ranks.device)
         self.frozen: list[Tensor] = []  # views of it
         parts = self.grad.split(sizes)
-        for (name, p), part in zip(model.named_parameters(), parts, strict=True):
+        for (name, p), part in zip(self.params.items(), parts, strict=True):
             p.grad = part.view_as(p)
             matrices = split_banks({name: p.grad}, c.num_layers)
             for matrix, gradient in matrices.items():
                 if matrix.startswith("blocks.") and int(matrix.split(".")[1]) < frozen_blocks:
                     self.frozen.append(gradient)
+
+    def live_tensors(self) -> dict[str, Tensor]:
+        """What training changes, by name: parameters, and the optimiser's state, made if need be.
+
+        A step of rate 0 without gradients makes it; then it is put to zero, as it begins.
+        """
+        if not self.optimizer.state:
+            self.optimizer.param_groups[0]["lr"] = 0.0
+            self.optimizer.step()
+            for state in self.optimizer.state.values():
+                for tensor in state.values():
+                    if isinstance(tensor, Tensor):
+                        tensor.zero_()
+        live: dict[str, Tensor] = dict(self.params)
+        for name, p in self.params.items():
+            state = self.optimizer.state[p]
+            live |= {f"{key}.{name}": t for key, t in state.items() if isinstance(t, Tensor)}
+        return live
 
     def train(self, tokens: Tensor, begin: int, end: int, *, rate: float, epochs: int) -> None:
         """Passes over targets begin to end of the stream, in sequences of EVAL_SEQ_LEN.
@@ -4751,8 +4883,9 @@ class Pass:
         self.out = torch.zeros(len(jobs) + 1, val.n, device=run.ranks.device)
         self.trainer: ChunkTrainer | None = None
         if evaluator.ttt:
-            sgd = functools.partial(torch.optim.SGD, momentum=c.ttt_momentum)
-            self.trainer = ChunkTrainer(c, run.ranks, model, sgd, c.ttt_freeze_blocks)
+            self.trainer = ChunkTrainer(
+                c, run.ranks, model, ttt_optimizer(c), c.ttt_freeze_blocks, which=c.ttt_params
+            )
 
     def live_tensors(self) -> dict[str, Tensor]:
         """What changes while the pass goes on, but for the nats, by name."""
@@ -4762,11 +4895,7 @@ class Pass:
             for name, t in method.state().items()
         }
         if self.trainer:
-            for name, p in self.model.named_parameters():
-                # made now: something to save, or to restore into, before SGD's first step
-                momentum = torch.zeros_like(p)
-                self.trainer.optimizer.state[p]["momentum_buffer"] = momentum
-                live |= {name: p, f"momentum.{name}": momentum}
+            live |= self.trainer.live_tensors()
         return live
 
     def learn(self, chunk: int) -> list[Any]:
@@ -4928,11 +5057,16 @@ def evaluate(
     a restart is not done again.
     """
     passes: dict[tuple[bool, bool, bool], list[str]] = {}
+    mix = [label for label in labels if EVALUATORS[label].mixes]
+    to_mix: dict[str, Tensor] = {}
     for label in labels:
-        passes.setdefault(pass_of(label), []).append(label)
+        if label not in mix:
+            passes.setdefault(pass_of(label), []).append(label)
     for group in passes.values():
         missing = [label for label in group if f"final_{weights}_{label}" not in run.log.rows]
-        if not missing:
+        if mix and not missing:
+            to_mix |= kept_nats(run, val, weights, group)
+        if not missing and (not mix or to_mix.keys() >= {*group}):
             continue
         name = f"{weights}_{'+'.join(group)}"
         checkpoint = PassCheckpoint(c, run, f"progress_{name}")
@@ -4946,12 +5080,55 @@ def evaluate(
             figures["compile_time"] = 1000 * watch.compiling
         run.log.metric(f"pass_{name}", **figures)
         for label, (nats, seconds) in zip(group, results, strict=True):
+            if mix:
+                to_mix[label] = nats
+                run.store.save(f"scored_{weights}_{label}", 0, {"nats": nats})
             if label in missing:
                 log_result(c, run, val, weights, label, nats=nats, seconds=seconds)
         run.store.wait()
-        if run.ranks.rank == 0:
-            for path in run.store.paths("progress_*"):
-                path.unlink()
+        remove_files(run, "progress_*")
+    for label in mix:
+        if f"final_{weights}_{label}" not in run.log.rows:
+            log_mixture(c, run, val, weights, label, to_mix)
+    remove_files(run, "scored_*")
+
+
+def remove_files(run: Run, kind: str) -> None:
+    """Remove what a finished evaluation was resumed from."""
+    if run.ranks.rank == 0:
+        for path in run.store.paths(kind):
+            path.unlink()
+
+
+def kept_nats(run: Run, val: ValData, weights: str, labels: Sequence[str]) -> dict[str, Tensor]:
+    """Nats [N] of evaluators that were done before a restart, of those whose file is whole."""
+
+    def check(there: Mapping[str, Tensor]) -> None:
+        if {name: t.shape for name, t in there.items()} != {"nats": (val.n,)}:
+            raise ValueError("it has no nats of this stream")
+
+    found = {}
+    for label in labels:
+        there = run.store.restore(f"scored_{weights}_{label}", check)
+        if there:
+            found[label] = there["nats"]
+    return found
+
+
+def log_mixture(
+    c: Config, run: Run, val: ValData, weights: str, label: str, nats: Mapping[str, Tensor]
+) -> None:
+    """Log the result line of a mixture of evaluators; its time is theirs and its own."""
+    began = perf_counter()
+    names = experts(c)
+    mixed, mean = mixture(c, torch.stack([nats[name].cpu() for name in names]))
+    parts = " ".join(f"{name}:{weight:.4f}" for name, weight in zip(names, mean, strict=True))
+    run.log.line(f"{label}: mean weights {parts}")
+    seconds = perf_counter() - began
+    run.log.metric(f"pass_{weights}_{label}", eval_time=1000 * seconds)
+    passes = [row for n, row in run.log.rows.items() if n.startswith(f"pass_{weights}_")]
+    seconds = sum(row["eval_time"] for row in passes) / 1000
+    log_result(c, run, val, weights, label, nats=mixed, seconds=seconds)
 
 
 def pass_of(label: str) -> tuple[bool, bool, bool]:
@@ -5441,6 +5618,7 @@ def run_all(c: Config) -> None:
     Raises BadInput before any work starts, Fault on the way.
     """
     refuse_checkpoint(c)
+    refuse_experts(c)
     state = None
     if c.load_artifact:
         c, state = read_artifact(c)
@@ -5547,6 +5725,17 @@ def refuse_checkpoint(c: Config, model: GPT | None = None) -> None:
         copy_what_both_have(c, dict(model.named_parameters()), loaded, where)
 
 
+def refuse_experts(c: Config) -> None:
+    """Raises BadInput for a mixture of evaluators of which one is not causal."""
+    if any(EVALUATORS[label].mixes for label in c.evals):
+        for label in experts(c):
+            if ScoringMethod.BY_NAME[EVALUATORS[label].method].leaks(c):
+                raise BadInput(
+                    f"EVALS={shown(c.evals)}: {label} breaks {broken_conditions(c, label)}; a"
+                    " mixture takes causal evaluators alone. Leave it out, or set SLOT_LOSS=past."
+                )
+
+
 def refuse_validation_text(data: TrainData, val: ValData) -> None:
     """Raises BadInput for a training shard that begins as the validation split does."""
     for shard in data.shards:
@@ -5587,7 +5776,7 @@ def forget_scores(run: Run) -> None:
     of_artifact = ("pass_artifact", "final_artifact", "eval_total")
     run.log.rows = {n: row for n, row in run.log.rows.items() if not n.startswith(of_artifact)}
     if run.ranks.rank == 0:
-        for path in run.store.paths("progress_artifact*"):
+        for path in [*run.store.paths("progress_artifact*"), *run.store.paths("scored_artifact*")]:
             path.unlink()
 
 
