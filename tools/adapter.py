@@ -34,7 +34,9 @@ class Adapter:
     def __init__(self, path: str, seconds: float, memory: float) -> None:
         """seconds for a call, and for the import; memory in GB."""
         if not Path(path).is_file():
-            raise BadInput(f"--adapter {path}: no such file; give a file that defines score(tokens).")
+            raise BadInput(
+                f"--adapter {path}: no such file; give a file that defines score(tokens)."
+            )
         self.path, self.seconds, self.memory = path, seconds, memory
         self.left = b""  # read, but not used
         self.process = subprocess.Popen(
@@ -68,9 +70,13 @@ class Adapter:
         assert self.process.stdout
         while len(self.left) < size if size else b"\n" not in self.left:
             if perf_counter() > until:
-                self.refuse(f"{what} takes over {self.seconds:g} s; make it quicker, or --timeout longer")
+                self.refuse(
+                    f"{what} takes over {self.seconds:g} s; make it quicker, or --timeout longer"
+                )
             if self.used() > self.memory:
-                self.refuse(f"{what} takes over {self.memory:g} GB; make it smaller, or --memory larger")
+                self.refuse(
+                    f"{what} takes over {self.memory:g} GB; make it smaller, or --memory larger"
+                )
             if select.select([self.process.stdout], [], [], POLL)[0]:
                 data = os.read(self.process.stdout.fileno(), 2**20)
                 if not data:
@@ -83,7 +89,13 @@ class Adapter:
 
     def answer(self, what: str) -> dict:
         """The next line of the process."""
-        row = json.loads(self.read(0, what, perf_counter() + self.seconds))
+        line = self.read(0, what, perf_counter() + self.seconds)
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = {
+                "problem": "wrote into the pipe of its process; it must print to standard output or error"
+            }
         if "problem" in row:
             self.refuse(row["problem"])
         return row
@@ -109,7 +121,9 @@ def stream(adapter: Adapter, targets: int, seed: int) -> np.ndarray:
     if text:
         n = min(n, len(text) - 1)
     if n < 32:
-        adapter.refuse(f"has {n} targets in a stream; wanted are max_targets, and tokens, of 32 or more")
+        adapter.refuse(
+            f"has {n} targets in a stream; wanted are max_targets, and tokens, of 32 or more"
+        )
     wrong = [b for b in given["boundaries"] if b < 1]
     if wrong:
         adapter.refuse(f"boundaries has {wrong[0]}; wanted are indices of tokens, from 1")
@@ -123,9 +137,7 @@ def examine(adapter: Adapter, targets: int, probes: int, sums: int, seed: int = 
     marks = sorted({b for b in adapter.given["boundaries"] if b < len(tokens)})
     box = blackbox.Box(adapter.score, V, tokens, marks, seed)
     same(adapter, box, "the second time")
-    box.causality(probes)
-    if sums:
-        box.normalisation(sums)
+    box.examine(probes, sums)
     same(adapter, box, "after other streams")
     return box
 
@@ -147,25 +159,35 @@ def verdict(box: blackbox.Box, claims: list[str], sums: int) -> tuple[list[str],
     found = box.broken()
     tested, n = len(box.tested), box.n - 1
     size = max(box.moved.values(), default=0)
-    lines = [
-        told("C1 causal", "C1" in found, f"{len(box.moved)} of {tested} places moved earlier nats, by up to {size:.1e}")
-        + (f": {blackbox.named(box.moved)}" if box.moved else "")
-    ]
+    text = f"no earlier nats moved with a token at {tested} of {n} places"
+    if box.moved:
+        text = f"earlier nats moved with {blackbox.named(box.moved)}, of {tested} tried, by up to {size:.1e}"
+    lines = [told("C1 causal", "C1" in found, text)]
     if sums:
         uneven = {p: total for p, total in box.sums.items() if abs(total - 1) > blackbox.OFF}
         shown = ", ".join(f"{total:.4f} at token {p}" for p, total in sorted(uneven.items()))
-        text = f"probabilities sum to {shown}" if uneven else f"probabilities sum to 1 at {len(box.summed)} places looked at"
+        text = (
+            f"probabilities sum to {shown}"
+            if uneven
+            else f"probabilities sum to 1 at {len(box.summed)} places looked at"
+        )
         lines += [told("C2 normalised", "C2" in found, text)]
         text = "; ".join(box.wrong) or f"all {box.n} nats are of their own tokens"
         lines += [told("C4 one pass", "C4" in found, text)]
     else:
         lines += [f"{'C2, C4':15} unchecked    with --sums 0"]
     both = not {"C1", "C2"} & set(found)
-    why = "what is fitted to a token changes no score of it or before it" if both else "not settled where these fail"
+    why = (
+        "what is fitted to a token changes no score of it or before it"
+        if both
+        else "not settled where these fail"
+    )
     lines.insert(-1, f"{'C3 score first':15} follows      from C1 and C2, for a black box: {why}")
     if sums:
         below = box.gap < -4 * box.gap_error
-        lines += [f"{'floor':15} {'BELOW' if below else 'above':12} random tokens: ln V {box.gap:+.4f} +- {box.gap_error:.4f}"]
+        lines += [
+            f"{'floor':15} {'BELOW' if below else 'above':12} random tokens: ln V {box.gap:+.4f} +- {box.gap_error:.4f}"
+        ]
     lines += [power(tested, n)]
     compared = [c for c in CHECKED if c in claims and (sums or c == "C1")]
     return lines, compared == found and (not sums or bool(claims) or not below)
@@ -196,5 +218,7 @@ def audit(path: str, targets: int, probes: int, sums: int, seconds: float, memor
     print(f"{path}: {box.n} targets of {text}, vocabulary {box.V}, {box.runs} runs")
     print("\n".join(lines))
     said = f"breaks {','.join(claims)}" if claims else "causal"
-    print(f"says: {said}; found: {','.join(box.broken()) or 'causal'}; {'as claimed' if as_claimed else 'NOT AS CLAIMED'}")
+    print(
+        f"says: {said}; found: {','.join(box.broken()) or 'causal'}; {'as claimed' if as_claimed else 'NOT AS CLAIMED'}"
+    )
     return int(not as_claimed)

@@ -99,6 +99,13 @@ class Box:
         self.wrong: list[str] = []  # what breaks C4
         self.gap = self.gap_error = math.nan  # mean nats on random tokens less ln V, standard error
 
+    def examine(self, probes: int, sums: int) -> "Box":
+        """Look for all that a black box shows; sums: places to sum at exactly, or 0. Returns itself."""
+        self.causality(probes)
+        if sums:
+            self.normalisation(sums)
+        return self
+
     def run(self, tokens: np.ndarray) -> np.ndarray:
         """Nats [n] of a stream."""
         self.runs += 1
@@ -148,9 +155,12 @@ class Box:
             p = int(self.n * (1 + eighth + self.rng.random()) / 16) + 1
             ends.append(int(np.flatnonzero(self.alone(p)).max(initial=p - 1)) + 1)
             far = max(far, ends[-1] - p)
-        self.reach = far if far <= self.n // 6 else None
         stride = math.gcd(*(b - a for a, b in pairwise(ends)))
-        if self.reach is not None and not len(self.marks) and stride > 1:
+        far += min(stride, far // 4)  # what others than these reach
+        if far > self.n // 6:
+            return
+        self.reach = far
+        if not len(self.marks) and stride > 1:
             self.marks = range(ends[0] % stride + 1, self.n + 1, stride)
 
     def together(self, places: Sequence[int]) -> list[int]:
@@ -182,7 +192,7 @@ class Box:
 
     def causality_in_groups(self, last: int) -> None:
         """Runs that change many tokens each, up to run number `last`."""
-        gap = (self.reach or 0) + max(16, (self.reach or 0) // 4)
+        gap = (self.reach or 0) + 16
         for start in self.rng.permutation(gap) + 2:
             if self.runs >= last or len(self.moved) >= ENOUGH:
                 return
