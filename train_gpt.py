@@ -131,6 +131,7 @@ def setting(
 
 
 MAX_INT = 10**9
+CARRIED = ("past", "recent")  # values of SLOT_LOSS with which a fit goes on from the last one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -422,10 +423,10 @@ class Config:
         "shared", "One delta for a batch, or one a window."
     )
     slot_bias: bool = setting(False, "Fit a bias on the logits too.")
-    slot_loss: Literal["all", "scored", "context", "past"] = setting(
+    slot_loss: Literal["all", "scored", "context", "past", "recent"] = setting(
         "all",
-        "Fit to all targets; to those scored; to those scored before; or carry it on, fit to what"
-        " it scored.",
+        "Fit to all targets; to those scored; to those scored before; or carry it on: past, fit to"
+        " what it scored; recent, to all of a window, once it is scored.",
     )
     slot_steps: int = setting(3, "AdamW steps of a fit.", low=1, high=1000)
     slot_lr: float = setting(0.001, "AdamW's rate in the first step of a fit.", low=1e-6)
@@ -434,12 +435,14 @@ class Config:
         0.0, "Hypergradient (arXiv:2502.11229): rates move by this * (gradient . last gradient)."
     )
     slot_decay: float = setting(
-        0.0, "Share of what SLOT_LOSS=past carries that each fit forgets.", high=0.999999
+        0.0,
+        "Share of what is carried (SLOT_LOSS=past, recent) that each fit forgets.",
+        high=0.999999,
     )
     slot_reset: Literal["none", "document"] = setting(
         "none",
-        "document: after a window in which a document begins, SLOT_LOSS=past goes on from the mean"
-        " of what earlier documents ended with.",
+        "document: after a window in which a document begins, what is carried starts from the mean"
+        " of what it was at earlier documents' ends.",
     )
     slot_batch_seqs: int = setting(
         32, "Consecutive windows of a batch, which share a delta.", low=1, high=10**6
@@ -819,10 +822,10 @@ def evaluation_problems(c: Config) -> Iterator[tuple[str, str]]:
         given = ", ".join(f"{name.upper()}={shown(getattr(c, name))}" for name in sorted(on))
         yield "EVALS", f"no evaluator has {given} together; turn one off, or name evaluators"
     for name, usual in (("slot_decay", 0.0), ("slot_reset", "none")):
-        if getattr(c, name) != usual and not (c.slot_enabled and c.slot_loss == "past"):
+        if getattr(c, name) != usual and not (c.slot_enabled and c.slot_loss in CARRIED):
             yield (
                 name.upper(),
-                f"needs SLOT_ENABLED=1 and SLOT_LOSS=past, which carries; set {usual}",
+                f"needs SLOT_ENABLED=1 and SLOT_LOSS=past or recent, which carry; set {usual}",
             )
     if c.slot_reset == "document" and c.slot_delta != "window":
         yield "SLOT_RESET", "needs SLOT_DELTA=window: a batch holds several documents"
@@ -4265,24 +4268,24 @@ class Slot(ScoringMethod):
         if ranks.compile:
             self.gradient = torch.compile(slot_gradient, dynamic=True)
         self.tile = self.KEEP if ranks.cuda else self.TILE
-        self.all_rows = c.slot_loss in ("all", "context")
+        self.all_rows = c.slot_loss in ("all", "context", "recent")
         self.by_window = c.slot_delta == "window"
-        self.past = c.slot_loss == "past"
-        self.carry = self.fresh(1)  # AdamW's state from fit to fit, with SLOT_LOSS=past
+        self.carried = c.slot_loss in CARRIED
+        self.carry = self.fresh(1)  # AdamW's state from fit to fit, if it is carried
         self.mean = self.fresh(1)  # of what it was at documents' ends, and their number
 
     @staticmethod
     def leaks(c: Config) -> bool:
-        """No leak: past, fitted after it scored, and context if no two windows share a delta."""
+        """No leak: what is fitted after it scored, and context if no two windows share a delta."""
         own = c.slot_delta == "window" or c.slot_batch_seqs == 1
-        return c.slot_loss != "past" and not (c.slot_loss == "context" and own)
+        return c.slot_loss not in CARRIED and not (c.slot_loss == "context" and own)
 
     def batch_windows(self) -> int | None:
         """SLOT_BATCH_SEQS windows, which share a delta unless each has its own."""
         return self.c.slot_batch_seqs
 
     def state(self) -> dict[str, Tensor]:
-        """What SLOT_LOSS=past carries from fit to fit."""
+        """What is carried from fit to fit."""
         own = {"carry": self.carry}
         return own | {"mean": self.mean} if self.c.slot_reset == "document" else own
 
@@ -4297,13 +4300,15 @@ class Slot(ScoringMethod):
             mask = np.ones((len(firsts), length), bool)
             mask[:, -1] = False  # #1084 leaves out the last
             return mask
+        if self.c.slot_loss == "recent":
+            return np.ones((len(firsts), length), bool)
         scored = scored_rows(firsts, length)
         return ~scored if self.c.slot_loss == "context" else scored
 
     def usual_rows(self, length: int) -> int:
         """Rows that a window's delta is fitted to, but in the first window and the last."""
-        if self.c.slot_loss == "all":
-            return length - 1
+        if self.c.slot_loss in ("all", "recent"):
+            return length - (self.c.slot_loss == "all")
         scored = self.c.eval_stride
         return length - scored if self.c.slot_loss == "context" else scored
 
@@ -4353,12 +4358,12 @@ class Slot(ScoringMethod):
         value -= rate * (update + 1e-8 * value)
 
     def nats(self, b: Batch) -> Tensor:
-        """Nats [S]. With SLOT_LOSS=past ranks call it together: the state goes round."""
+        """Nats [S]. If a state is carried, ranks call it together: it goes round."""
         found = [b.h.new_empty(0).float()]  # cat needs one, also on a rank without windows
-        for rank in range(self.ranks.world) if self.past else [self.ranks.rank]:
+        for rank in range(self.ranks.world) if self.carried else [self.ranks.rank]:
             if rank == self.ranks.rank:
                 found += self.group_nats(b)
-            if self.past and self.ranks.world > 1:
+            if self.carried and self.ranks.world > 1:
                 for tensor in self.state().values():
                     dist.broadcast(tensor, rank)
         return torch.cat(found)
@@ -4371,7 +4376,7 @@ class Slot(ScoringMethod):
         together = max(1, len(mask))
         if self.by_window:
             at_once = max(1, self.tile // (self.c.vocab_size * max(1, usual)))
-            together = 1 if self.past else at_once
+            together = 1 if self.carried else at_once
         put = self.ranks.put
         for i in range(0, len(mask), together):
             part = slice(i, i + together)
@@ -4387,7 +4392,7 @@ class Slot(ScoringMethod):
             scored = put(np.flatnonzero(scored_rows(b.firsts[part], R)))
             share = put(shares.astype(np.float32))
             data = h.flatten(0, 1), targets.flatten(), put(flat), share
-            if self.past:  # scored first, with what earlier windows left
+            if self.carried:  # scored first, with what earlier windows left
                 yield row_nll(self.model, h, targets, scored, self.shift(self.carry))
                 self.fit(*data, self.carry)
                 self.forget(targets.flatten()[scored])
@@ -4416,7 +4421,7 @@ class Slot(ScoringMethod):
             used = rows[share > 0]
             targets = b.origins[first + used // R] + used % R
             behind = 1 if self.by_window else len(b.origins)  # a carried state is for later windows
-            self.observer.fitted(targets, b.window + first + group + behind * self.past)
+            self.observer.fitted(targets, b.window + first + group + behind * self.carried)
 
 
 # CTW weighs all context trees up to a depth at once. A node is a context, the last d tokens. With

@@ -156,6 +156,15 @@ CASES = {
         SLOT_STEPS="6",
         EVALS="slot,ttt_slot",
     ),
+    "control": dict(load="default", TTT_PARAMS="control", TTT_OPTIMIZER="adamw", EVALS="ttt"),
+    "mix": dict(
+        load="default",
+        SLOT_LOSS="past",
+        SLOT_DELTA="window",
+        SLOT_RESET="document",
+        SLOT_DECAY="0.1",
+        EVALS="roundtrip,slot,ttt,mix",
+    ),
     "ranks": dict(ranks=2, EVALS="roundtrip,sliding_window,ttt_slot"),
     "cut": dict(cut=8, SAVE_EVERY="3", LATE_QAT_THRESHOLD="0.6"),
     **{f"preset_{name}": dict(PRESET=name, **SHRUNK.get(name, {})) for name in PRESETS},
@@ -164,7 +173,7 @@ CASES = {
             load="default", SLOT_DELTA=delta, SLOT_LOSS=loss, SLOT_BIAS=bias, EVALS="slot,ttt_slot"
         )
         for delta in ("shared", "window")
-        for loss in ("all", "scored", "context", "past")
+        for loss in ("all", "scored", "context", "past", "recent")
         for bias in "01"
     },
 }

@@ -46,7 +46,7 @@ METHODS = {
     **{
         f"slot_{delta}_{loss}": dict(SLOT_DELTA=delta, SLOT_LOSS=loss, SLOT_BIAS=delta == "window")
         for delta in ("shared", "window")
-        for loss in ("all", "context", "scored", "past")
+        for loss in ("all", "context", "scored", "past", "recent")
     },
 }
 RANKS = (0, 5, 7)  # of eight: one matrix of each bank; of those of six alone; none

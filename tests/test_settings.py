@@ -91,6 +91,8 @@ CHANGES = dict(
     TTT_MOMENTUM=0,
     TTT_BATCH_SEQS=2,
     TTT_GRAD_CLIP=0.01,
+    TTT_PARAMS="control",
+    TTT_OPTIMIZER="adamw",
     SLOT_ENABLED=0,
     SLOT_LR=0.1,
     SLOT_STEPS=1,
@@ -108,6 +110,8 @@ CHANGES = dict(
 )
 # ... and where a change alone is not enough, what else to set in both runs.
 LAWA = dict(LAWA_ENABLED=1, LAWA_K=2, LAWA_FREQ=2)
+PAST = dict(SLOT_LOSS="past", SLOT_DELTA="window")
+MIX = dict(EVALS="roundtrip,sliding_window,ttt,mix")
 CTW = dict(SLOT_ENABLED=0, CTW_WEIGHT=0.3, CTW_ENTROPY_THRESHOLD=0)
 BESIDE = dict(
     EMBED_LR=(0.05, dict(TIE_EMBEDDINGS=0)),
@@ -121,6 +125,9 @@ BESIDE = dict(
     PREQUANT_TTT_LR=(0.01, dict(PREQUANT_TTT_ENABLED=1)),
     PREQUANT_TTT_EPOCHS=(2, dict(PREQUANT_TTT_ENABLED=1)),
     PREQUANT_TTT_FREEZE_BLOCKS=(3, dict(PREQUANT_TTT_ENABLED=1)),
+    SLOT_DECAY=(0.5, PAST),
+    MIX_BLOCK=(16, MIX),
+    MIX_SHARE=(0.5, MIX),
     CTW_WEIGHT=(0.1, CTW),
     CTW_ENTROPY_THRESHOLD=(4, CTW),
     LAWA_ENABLED=(0, LAWA),
@@ -147,6 +154,7 @@ ELSEWHERE = {
     "SAVE_EVERY",
     "RESUME",
     "DOCUMENTS",
+    "SLOT_RESET",
 }
 
 
