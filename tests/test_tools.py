@@ -94,6 +94,8 @@ def test_the_examples_of_each_tools_help_run(name, made):
         env = {**env, "EVAL_SEQ_LEN": "128", "TTT_CHUNK_TOKENS": "128"}
     if name == "audit":  # of all evaluators one
         env = {**env, "EVALS": "slot"}
+        score = "def score(tokens):\n    return np.full(len(tokens) - 1, np.log(8))\n"
+        (folder / "my_eval.py").write_text(f"import numpy as np\nvocab_size = 8\n{score}")
     commands = examples(name)
     assert len(commands) >= 2
     for command in commands:

@@ -110,7 +110,7 @@ class Ledger(t.Observer):
         self.early += int((self.scored_by[targets] >= window).sum())
 
     def fit(self) -> None:
-        """SLOT_LOSS=past fits now: what it was told it fits to must have gone through row_nll."""
+        """A carried SLOT fits now: what it was told it fits to must have gone through row_nll."""
         self.early += int((~self.done[self.told]).sum())
 
     def went_through(self, logits: torch.Tensor) -> None:
@@ -142,7 +142,7 @@ class Ledger(t.Observer):
                 return row_nll(*words, **more)
 
         def timed(slot: t.Slot, *words: Any, **more: Any) -> None:
-            if slot.past:
+            if slot.carried:
                 self.fit()
             fit(slot, *words, **more)
 
