@@ -130,7 +130,7 @@ def main(argv=None):
     parser.add_argument(
         "--probes",
         type=console.number(int, 1, t.MAX_INT),
-        help="runs per evaluator that change tokens (default 48, of an adapter 256)",
+        help="runs per evaluator that change tokens (default 96, of an adapter 256)",
     )
     parser.add_argument(
         "--sums",
@@ -163,7 +163,7 @@ def main(argv=None):
     for label in c.evals:
         with t.CONSOLE.doing(f"auditing {label}"):
             reports.append(
-                audit(run, model, val.tokens[: n + 1], label, c, args.probes or 48, args.sums)
+                audit(run, model, val.tokens[: n + 1], label, c, args.probes or 96, args.sums)
             )
     if run.ranks.rank == 0:
         print(

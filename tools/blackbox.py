@@ -13,8 +13,8 @@ comparisons; what is quicker and less sure only says where to compare.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, pairwise
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def kinds_of_places(
     """
     ends = [n, n - 1, *range(n - 2, n - 12, -1), 2, 3]
     near = sorted({m + d for m in marks for d in (-1, 0, 1)})
-    room = max(1, (count - len(ends)) // 2)
+    room = max(1, (count - len(ends)) // (2 if count < PERIOD else 4))
     chosen = [near[k] for k in np.linspace(0, len(near) - 1, min(room, len(near))).astype(int)]
     found = dict.fromkeys(p for p in [*ends[: count // 4 + 1], *chosen] if 2 <= p <= n)
     return list(dict.fromkeys([*found, *spread(2, n + 1, rng)]))[:count]
@@ -192,14 +192,24 @@ class Box:
 
     def causality_in_groups(self, last: int) -> None:
         """Runs that change many tokens each, up to run number `last`."""
-        gap = (self.reach or 0) + 16
-        for start in self.rng.permutation(gap) + 2:
+        for places in self.groups(2, (self.reach or 0) + 16):
             if self.runs >= last or len(self.moved) >= ENOUGH:
                 return
-            places = list(range(start, self.n + 1, gap))
             for p in self.together(places) if places else []:
                 if self.runs < last and len(self.moved) < ENOUGH:
                     self.alone(p)
+
+    def groups(self, first: int, gap: int) -> Iterator[list[int]]:
+        """All tokens from `first` on, in groups whose members are a gap apart; the residues of PERIOD that were seen least first."""
+        gap |= 1  # odd: a group has many residues
+        starts = (self.rng.permutation(gap) + first).tolist()
+        seen = np.zeros(PERIOD, int)
+        while starts:
+            groups = [np.arange(start, self.n + 1, gap) for start in starts[:16]]
+            best = min(range(len(groups)), key=lambda k: seen[groups[k] % PERIOD].sum())
+            starts.pop(best)
+            seen[groups[best] % PERIOD] += 1
+            yield groups[best].tolist()
 
     # ---- C2
 
@@ -255,7 +265,11 @@ class Box:
         ranked = sorted(off, key=lambda p: -off[p])
         kinds = kinds_of_places(self.n, self.marks, 64, self.rng)
         worst: dict[int, float] = {}
-        for some in (ranked, [*self.odd_residues(nats), *kinds], *self.marks_in_turn()):
+        lists = [ranked, [*self.odd_residues(nats), *kinds], *self.marks_in_turn()]
+        if self.reach is not None:  # all residues, exactly
+            rounds = min(4, -(-PERIOD * (self.reach + 1) // self.n))
+            lists += islice(self.groups(1, self.reach + 1), rounds)
+        for some in lists:
             where = self.apart(some)
             self.summed.update(where.tolist())
             sums = self.round(where)

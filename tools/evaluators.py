@@ -252,7 +252,7 @@ def audit(
     tokens: torch.Tensor,
     label: str,
     c: t.Config,
-    count: int = 48,
+    count: int = 96,
     sum_count: int = 2,
     seed: int = 0,
 ) -> dict[str, Any]:

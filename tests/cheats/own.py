@@ -1,16 +1,18 @@
 """Cheats in the evaluators of train_gpt.py itself: each a function that patches the script, for tools.audit to find.
 
-PYTHONPATH=.:tests torchrun --standalone --nproc_per_node=2 tests/cheats/own.py --seeds 2      # on two ranks
+torchrun --standalone --nproc_per_node=2 tests/cheats/own.py --seeds 2      # on two ranks
 """
 
 import contextlib
 import os
 import sys
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 
+sys.path += [str(Path(__file__).resolve().parents[k]) for k in (1, 2)]
 import train_gpt as t
 from tools import evaluators
 
