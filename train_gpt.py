@@ -1836,6 +1836,7 @@ class Run:
 
 SHARD_START = [20240520, 1]
 DOCUMENT_START = 1  # the token that begins a document
+COMPARED = 2**24  # tokens of a split that are compared with the other's at the start
 SCAN_LIMIT = 2**29  # bytes of a split up to which all token ids are checked at the start
 
 
@@ -5955,7 +5956,7 @@ def run_all(c: Config) -> None:
     data = None
     if state is None:
         data = TrainData(c, ranks)
-        refuse_validation_text(data, val)
+        refuse_validation_text(c, data, val)
     model = GPT(c, ranks.dtype, attend)
     if state is None:
         refuse_small_cap(c, model)
@@ -6069,14 +6070,53 @@ def refuse_phases(c: Config, val: ValData) -> None:
         )
 
 
-def refuse_validation_text(data: TrainData, val: ValData) -> None:
-    """Raises BadInput for a training shard that begins as the validation split does."""
-    for shard in data.shards:
-        if np.array_equal(shard[:1024], val.tokens[:1024].cpu()):
-            raise BadInput(
-                f"{shard.filename}: begins as the validation split does; to train or calibrate on"
-                " that breaks C3."
-            )
+def window_hashes(tokens: np.ndarray) -> np.ndarray:
+    """Hashes [n-63] uint64 of the 64 tokens from each of tokens [n] on: sums of h(token) B^place.
+
+    Modulo 2^64, divided by the power of the first place: equal windows have equal hashes anywhere.
+    """
+    words = np.random.default_rng(64).integers(0, 2**64, 2**16, dtype=np.uint64)
+    base = 0x9E3779B97F4A7C15  # odd: it has an inverse
+    up, down = (np.full(len(tokens), b, np.uint64) for b in (base, pow(base, -1, 2**64)))
+    sums = np.cumsum(words[tokens] * np.cumprod(up, dtype=np.uint64), dtype=np.uint64)
+    sums = np.concatenate([np.zeros(1, np.uint64), sums])
+    return (sums[64:] - sums[:-64]) * np.cumprod(down, dtype=np.uint64)[: len(sums) - 64]
+
+
+@CONSOLE.doing("comparing training and validation text")
+def refuse_validation_text(c: Config, data: TrainData, val: ValData) -> None:
+    """Raises BadInput if over 1 % of the validation text is documents that the training text has.
+
+    Or 10 % of their windows of 64 tokens, which stand side by side in each. Training text has a
+    document if it has two thirds of its windows, anywhere. Of more than COMPARED tokens only the
+    beginnings of shards are looked at; tools/documents.py compares any size.
+    """
+    tokens = val.tokens[:COMPARED].cpu().numpy()
+    starts = np.concatenate([[-1], np.flatnonzero(tokens == DOCUMENT_START), [len(tokens)]])
+    lengths = (np.diff(starts) - 1) // 64  # windows of each document
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    number = np.arange(len(document)) - (np.cumsum(lengths) - lengths)[document]
+    at = starts[document] + 1 + 64 * number
+    if not len(at):
+        return
+    hashes = window_hashes(tokens)[at]
+    keys = np.sort(hashes)
+    found = np.zeros(len(keys), bool)
+    for shard in [*data.shards, data.held_out]:
+        some = min(len(shard), COMPARED // len(data.shards))
+        for begin in range(0, some, 2**20):
+            part = window_hashes(shard[begin : min(some, begin + 2**20 + 63)])
+            place = np.minimum(np.searchsorted(keys, part), len(keys) - 1)
+            found[place[keys[place] == part]] = True
+    hit = found[np.searchsorted(keys, hashes)]
+    both = (lengths > 0) & (3 * np.bincount(document, hit, len(lengths)) >= 2 * lengths)
+    share = both[document].mean()
+    if share > 0.01 or hit.mean() > 0.1:
+        raise BadInput(
+            f"DATA_PATH={c.data_path}: training text has {both.sum()} of {(lengths > 0).sum()}"
+            f" validation documents, {100 * share:.1f} % of that text, and {100 * hit.mean():.1f} %"
+            " of its windows; to train or calibrate on that breaks C3."
+        )
 
 
 def train_and_export(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> None:

@@ -34,6 +34,9 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from tools import documents
+
 SHARD_MAGIC, SHARD_VERSION, BOS = 20240520, 1, 1
 DATASET, TOKENIZER = "fineweb10B_sp1024", "fineweb_1024_bpe.model"  # the challenge's own
 TOKENIZER_SHA256, TOKENIZER_BYTES, LOOKALIKE_BYTES = "4f5e8adb", 254483, 253847
@@ -345,12 +348,23 @@ def build(args, name, model, splits, settings, text_bytes, keep=False):
             settings.get("shard_tokens", 10**8),
             most,
         )
+    refuse_shared_documents(work)
     if trains:
         model.parent.mkdir(parents=True, exist_ok=True)
         draft.replace(model)
     shutil.rmtree(folder, ignore_errors=True)
     work.replace(folder)
     print(f"{name}: wrote {folder} with tokenizer {model} ({summary(record)})")
+
+
+def refuse_shared_documents(folder):
+    """Raises BadInput if the training shards have more of the validation text than chance puts there, which is told."""
+    splits = (documents.shards(folder, split) for split in ("train", "val"))
+    found = documents.compare(*splits, progress=lambda told: setattr(STATUS, "text", told))
+    if found.too_much():
+        raise BadInput(f"{folder}: training text has {found.told()}; take them out of one split.")
+    if len(found.both):
+        print(f"note: training text has {found.told()}")
 
 
 def fraction_of(text):
@@ -640,6 +654,8 @@ def fineweb(args, fetch):
                 " fineweb_val_*.bin and fetch again."
             )
     shutil.rmtree(temporary, ignore_errors=True)
+    if done and args.train_shards:
+        refuse_shared_documents(folder)
     if not official:
         print(f"to train with: DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE={pieces}")
     files = 1 + offer["files_val"] + args.train_shards

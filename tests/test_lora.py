@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import config, process, random_model, t, timeless, tiny_settings, write_shard
 
-from tools import audit
+from tools import audit, blackbox, evaluators
 
 LORA = dict(
     TTT_PARAMS="lora", TTT_LORA_CHUNK="8", TTT_OPTIMIZER="adamw", TTT_LR="0.01", SLOT_ENABLED="0"
@@ -197,9 +197,12 @@ def test_two_hundred_flips_change_no_earlier_score(stream):
     )
     tokens = documents(112, LENGTHS[2:], vocab=40)
     (run, val), model = stream(c, 112, tokens=tokens), random_model(c, scale=0.6)
-    where = audit.document_probes(c, val.tokens, 200, np.random.default_rng(3))
-    assert len(where) == 200 and {*np.cumsum(LENGTHS[2:])} & {*where}
-    assert audit.flip(run, model, val.tokens, "ttt", c, where) == (0, 0.0)
+    box = evaluators.Evaluation(run, model, val.tokens, "ttt", c, seed=3)
+    where = blackbox.kinds_of_places(112, box.marks, 111, box.rng)
+    assert len(where) == 111 and {*np.cumsum(LENGTHS[2:])} & {*box.marks} & {*where}
+    for p in [*where, *where[:89]]:
+        box.alone(p)
+    assert box.runs == 201 and not box.moved
 
 
 def test_an_audit_finds_it_causal_and_a_leak_where_one_is_made(stream, monkeypatch):
@@ -235,9 +238,9 @@ def test_flips_find_windows_that_tell_where_a_document_ends(stream, monkeypatch)
         return take(self, at, inside & (np.arange(at.shape[1]) >= begins[:, None]))
 
     monkeypatch.setattr(t.DocumentPass, "take", cut)
-    where = audit.document_probes(c, val.tokens, 24, np.random.default_rng(3))
-    moved, largest = audit.flip(run, model, val.tokens, "ttt", c, where)
-    assert moved > 0 and largest > 1e-3
+    box = evaluators.Evaluation(run, model, val.tokens, "ttt", c, seed=3)
+    box.causality(32)
+    assert box.moved and max(box.moved.values()) > 1e-3
 
 
 @pytest.fixture

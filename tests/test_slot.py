@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, config, random_model, read_metrics, runs, t
 
-from tools import audit
+from tools import audit, blackbox, evaluators
 from tools.plain import autograd_slot
 
 MODES = list(
@@ -253,8 +253,10 @@ def test_causal_modes_survive_two_hundred_probes(loss, delta, stream):
         SLOT_BATCH_SEQS="4",
     )
     (run, val), model = stream(c, 240), random_model(c, scale=0.6)
-    where = audit.probes(c, run, "slot", val.n, 200, np.random.default_rng(3))
-    assert len(where) == 200 and audit.flip(run, model, val.tokens, "slot", c, where) == (0, 0.0)
+    box = evaluators.Evaluation(run, model, val.tokens, "slot", c, seed=3)
+    for p in blackbox.kinds_of_places(val.n, box.marks, 200, box.rng):
+        box.alone(p)
+    assert len(box.tested) == 200 and not box.moved and not any(box.looked.values())
 
 
 def test_lying_claims_are_found_both_ways(stream, monkeypatch):
@@ -273,7 +275,7 @@ def test_random_token_floor(stream):
     for delta, _, loss in MODES[::2]:
         c = config(SLOT_DELTA=delta, SLOT_LOSS=loss, **record)
         (run, _), rng = stream(c), np.random.default_rng(0)
-        gap, error = audit.floor(run, t.GPT(c), c, "slot", 2048, rng)
+        gap, error = evaluators.floor(run, t.GPT(c), c, "slot", 2048, rng)
         if not t.broken_conditions(c, "slot"):
             assert gap > -4 * error
         elif (delta, loss) == ("window", "scored"):

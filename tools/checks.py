@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tools import documents
 from tools.bytecount import check_bytes
+from tools.console import BadInput
 from tools.logs import STAGES, LogError
 from tools.scripts import readable, same_code, source_of
 from tools.submission import LIMIT, SECONDS, WORDS, differing, submission
@@ -329,6 +331,19 @@ def check(paths, logs):
     for line in verdicts:
         print_check(*line)
     return int(any(verdict is False for _, verdict, _ in verdicts))
+
+
+def check_data(folder):
+    """Print the line of the check that a data set's splits share no document; 1 if they do. Raises BadInput."""
+    train, val = (documents.shards(Path(folder), split) for split in ("train", "val"))
+    if not (train and val):
+        raise BadInput(
+            f"--data {folder}: has no fineweb_train_*.bin and fineweb_val_*.bin; give a DATA_PATH."
+        )
+    found = documents.compare(train, val)
+    verdict = False if found.too_much() else None if len(found.both) else True
+    print_check("training text and validation documents", verdict, f"has {found.told()}")
+    return int(verdict is False)
 
 
 def print_check(what, verdict, detail):

@@ -29,7 +29,7 @@ import json
 from pathlib import Path
 
 from tools import board, figures
-from tools.checks import check, is_record
+from tools.checks import check, check_data, is_record
 from tools.follow import follow
 from tools.logs import STAGES, LogError, NoLog, read_logs
 from tools.page import page
@@ -93,6 +93,11 @@ def parse(argv):
     )
     parser.add_argument(
         "--check", action="store_true", help="what a reviewer looks at, one line each"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="with --check: a data set's folder, whose training text is searched for its validation documents",
     )
     parser.add_argument(
         "--update",
@@ -186,6 +191,10 @@ def main(argv=None):
         return 0
     if options.board:
         return write_board(options)
+    if options.data and not options.check:
+        raise console.BadInput("--data DIR: goes with --check; add that.")
+    if options.data and not options.logs:
+        return check_data(options.data)
     if not options.logs:
         raise console.BadInput("no log is given; see --help.")
     logs, well = read_all(options.logs)
@@ -226,6 +235,8 @@ def main(argv=None):
         console.complain(console.told(why))
         well = False
     failed = check(options.logs, logs) if options.check else 0
+    if options.check and options.data:
+        failed |= check_data(options.data)
     return 2 if not well else failed
 
 

@@ -1,0 +1,224 @@
+"""Somebody's evaluation behind an adapter, for tools/audit.py: a process of its own, with limits, and the verdict on it.
+
+An adapter is a Python file that defines score(tokens) -> nats [n], of an array int64 [n+1]; and, if it likes,
+  vocab_size    tokens are 0 to that less 1; else 256
+  max_targets   most targets of a stream
+  boundaries    tokens that are the first to be scored after a window, batch, chunk or document ends
+  tokens        text to try it on; else a stream is made up
+  claims        the conditions that it says it breaks, "C1,C2"; else none
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from tools import blackbox
+from tools.console import BadInput
+
+HOST = Path(__file__).with_name("adapter_host.py")
+CHECKED = ("C1", "C2", "C4")
+POLL = 0.05  # seconds between looks at the memory
+
+
+class Adapter:
+    """An adapter's process. What it does wrong is a BadInput that names it."""
+
+    def __init__(self, path: str, seconds: float, memory: float) -> None:
+        """seconds for a call, and for the import; memory in GB."""
+        if not Path(path).is_file():
+            raise BadInput(
+                f"--adapter {path}: no such file; give a file that defines score(tokens)."
+            )
+        self.path, self.seconds, self.memory = path, seconds, memory
+        self.left = b""  # read, but not used
+        self.process = subprocess.Popen(
+            [sys.executable, str(HOST), path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.given = self.answer("its import")
+
+    def close(self) -> None:
+        """End the process, and what it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def refuse(self, what: str) -> None:
+        """Raises BadInput."""
+        raise BadInput(f"{self.path}: {what}.")
+
+    def used(self) -> float:
+        """GB of memory that the process holds; 0 where the system does not say."""
+        try:
+            pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        except (OSError, IndexError, ValueError):
+            return 0.0
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+    def read(self, size: int, what: str, until: float) -> bytes:
+        """So many bytes of the process's output, a line if size is 0; what: it is doing."""
+        assert self.process.stdout
+        while len(self.left) < size if size else b"\n" not in self.left:
+            if perf_counter() > until:
+                self.refuse(
+                    f"{what} takes over {self.seconds:g} s; make it quicker, or --timeout longer"
+                )
+            if self.used() > self.memory:
+                self.refuse(
+                    f"{what} takes over {self.memory:g} GB; make it smaller, or --memory larger"
+                )
+            if select.select([self.process.stdout], [], [], POLL)[0]:
+                data = os.read(self.process.stdout.fileno(), 2**20)
+                if not data:
+                    status = self.process.wait()
+                    self.refuse(f"{what} ended its process with status {status}; it must return")
+                self.left += data
+        size = size or self.left.index(b"\n") + 1
+        data, self.left = self.left[:size], self.left[size:]
+        return data
+
+    def answer(self, what: str) -> dict:
+        """The next line of the process."""
+        line = self.read(0, what, perf_counter() + self.seconds)
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = {
+                "problem": "wrote into the pipe of its process; it must print to standard output or error"
+            }
+        if "problem" in row:
+            self.refuse(row["problem"])
+        return row
+
+    def score(self, tokens: np.ndarray) -> np.ndarray:
+        """Nats [n] of a stream [n+1]."""
+        data = np.ascontiguousarray(tokens, np.int64)
+        assert self.process.stdin
+        try:
+            self.process.stdin.write(len(data).to_bytes(8, "little") + data.tobytes())
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            self.refuse(f"its process ended with status {self.process.wait()}; it must stay")
+        n = self.answer("score()")["nats"]
+        return np.frombuffer(self.read(8 * n, "score()", perf_counter() + self.seconds))
+
+
+def stream(adapter: Adapter, targets: int, seed: int) -> np.ndarray:
+    """Tokens [n+1] to try an adapter on. Raises BadInput."""
+    given = adapter.given
+    n = min(targets, given["max_targets"] or targets)
+    text = given["tokens"]
+    if text:
+        n = min(n, len(text) - 1)
+    if n < 32:
+        adapter.refuse(
+            f"has {n} targets in a stream; wanted are max_targets, and tokens, of 32 or more"
+        )
+    wrong = [b for b in given["boundaries"] if b < 1]
+    if wrong:
+        adapter.refuse(f"boundaries has {wrong[0]}; wanted are indices of tokens, from 1")
+    rng = np.random.default_rng(seed)
+    return np.array(text[: n + 1]) if text else blackbox.made_up(n, given["vocab_size"], rng)
+
+
+def examine(adapter: Adapter, targets: int, probes: int, sums: int, seed: int = 0) -> blackbox.Box:
+    """What is found out about an adapter. Raises BadInput."""
+    tokens, V = stream(adapter, targets, seed), adapter.given["vocab_size"]
+    marks = sorted({b for b in adapter.given["boundaries"] if b < len(tokens)})
+    box = blackbox.Box(adapter.score, V, tokens, marks, seed)
+    same(adapter, box, "the second time")
+    box.examine(probes, sums)
+    same(adapter, box, "after other streams")
+    return box
+
+
+def same(adapter: Adapter, box: blackbox.Box, when: str) -> None:
+    """Raises BadInput if the same stream now has other nats."""
+    again = box.run(box.tokens)
+    moved = again != box.base
+    if moved.any():
+        size = np.nan_to_num(np.abs(again - box.base)[moved], nan=np.inf).max()
+        adapter.refuse(
+            f"score() gave {moved.sum()} of {box.n} targets other nats {when}, by up to {size:.1e}; wanted are the same "
+            "for the same tokens: fix seeds, and keep nothing from call to call"
+        )
+
+
+def verdict(box: blackbox.Box, claims: list[str], sums: int) -> tuple[list[str], bool]:
+    """(lines that say what was found, whether it is what is claimed)."""
+    found = box.broken()
+    tested, n = len(box.tested), box.n - 1
+    size = max(box.moved.values(), default=0)
+    text = f"no earlier nats moved with a token at {tested} of {n} places"
+    if box.moved:
+        text = f"earlier nats moved with {blackbox.named(box.moved)}, of {tested} tried, by up to {size:.1e}"
+    lines = [told("C1 causal", "C1" in found, text)]
+    if sums:
+        uneven = {p: total for p, total in box.sums.items() if abs(total - 1) > blackbox.OFF}
+        shown = ", ".join(f"{total:.4f} at token {p}" for p, total in sorted(uneven.items()))
+        text = (
+            f"probabilities sum to {shown}"
+            if uneven
+            else f"probabilities sum to 1 at {len(box.summed)} places looked at"
+        )
+        lines += [told("C2 normalised", "C2" in found, text)]
+        text = "; ".join(box.wrong) or f"all {box.n} nats are of their own tokens"
+        lines += [told("C4 one pass", "C4" in found, text)]
+    else:
+        lines += [f"{'C2, C4':15} unchecked    with --sums 0"]
+    both = not {"C1", "C2"} & set(found)
+    why = (
+        "what is fitted to a token changes no score of it or before it"
+        if both
+        else "not settled where these fail"
+    )
+    lines.insert(-1, f"{'C3 score first':15} follows      from C1 and C2, for a black box: {why}")
+    if sums:
+        below = box.gap < -4 * box.gap_error
+        lines += [
+            f"{'floor':15} {'BELOW' if below else 'above':12} random tokens: ln V {box.gap:+.4f} +- {box.gap_error:.4f}"
+        ]
+    lines += [power(tested, n)]
+    compared = [c for c in CHECKED if c in claims and (sums or c == "C1")]
+    return lines, compared == found and (not sums or bool(claims) or not below)
+
+
+def told(what: str, wrong: bool, detail: str) -> str:
+    """A line of the verdict."""
+    return f"{what:15} {'BROKEN' if wrong else 'holds':12} {detail}"
+
+
+def power(tested: int, n: int) -> str:
+    """How likely a leak would have been found, as a line."""
+    shares = [(share, max(1, n // share)) for share in (8, 64, 512)]
+    text = ", ".join(f"{k} of {n} places {blackbox.chance(k, tested, n):.3f}" for _, k in shares)
+    return f"{'power':15} {'':12} a look ahead at so many places would be found with probability: {text}"
+
+
+def audit(path: str, targets: int, probes: int, sums: int, seconds: float, memory: float) -> int:
+    """Print the verdict on an adapter; the exit status."""
+    adapter = Adapter(path, seconds, memory)
+    try:
+        box = examine(adapter, targets, probes, sums)
+    finally:
+        adapter.close()
+    claims = adapter.given["claims"]
+    lines, as_claimed = verdict(box, claims, sums)
+    text = "its own text" if adapter.given["tokens"] else "a made-up stream"
+    print(f"{path}: {box.n} targets of {text}, vocabulary {box.V}, {box.runs} runs")
+    print("\n".join(lines))
+    said = f"breaks {','.join(claims)}" if claims else "causal"
+    print(
+        f"says: {said}; found: {','.join(box.broken()) or 'causal'}; {'as claimed' if as_claimed else 'NOT AS CLAIMED'}"
+    )
+    return int(not as_claimed)
