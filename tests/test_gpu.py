@@ -64,7 +64,7 @@ def test_every_evaluator_scores_an_artifact_as_the_cpu_does(tiny):
         assert gpu[label]["causal"] == cpu[label]["causal"]
 
 
-@pytest.mark.parametrize("loss", ["all", "context", "scored", "past"])
+@pytest.mark.parametrize("loss", ["all", "context", "scored", "past", "recent"])
 @pytest.mark.parametrize("delta", ["shared", "window"])
 def test_every_slot_scores_as_the_cpu_does(delta, loss, tiny):
     tiny(RUN_ID="made", EVALS="roundtrip", ITERATIONS="6")

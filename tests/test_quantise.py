@@ -450,6 +450,25 @@ def test_row_norm_makes_muon_blind_to_the_size_of_rows(tiny_data):
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=1e-6)
 
 
+def test_muon_trains_the_small_projections_where_told(tiny_data):
+    """Its update moves all singular values alike, AdamW's first one all numbers."""
+    for told in (False, True):
+        c = config(tiny_data, MUON_PROJECTIONS=str(int(told)), MUON_WD="0", ADAM_WD="0")
+        run, model = t.Run(c), t.GPT(c)
+        optimizer, g = t.Optimizer(c, run.ranks, model), torch.Generator().manual_seed(3)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=g)
+        for p in (model.bigram.proj.weight, model.ve_shared.proj.weight):
+            assert (p in {*optimizer.banks}, p in {*optimizer.small}) == (told, not told)
+        before = model.bigram.proj.weight.detach().clone()
+        optimizer.step(torch.zeros(()), 1.0, 0.9)
+        moved = model.bigram.proj.weight.detach() - before
+        size = c.matrix_lr * (moved.size(0) / moved.size(1)) ** 0.5
+        alike = torch.linalg.svdvals(moved) / size, moved.abs() / c.scalar_lr
+        spread = [values.min() > 0.5 and values.max() < 1.5 for values in alike]
+        assert spread == [told, not told]
+
+
 def test_coprime_order_visits_each_sequence_of_a_shard_once_an_epoch(tiny_data):
     c = config(tiny_data, DATA_ORDER="coprime")
     data, plain = t.TrainData(c, t.Ranks(c)), t.TrainData(config(tiny_data), t.Ranks(c))

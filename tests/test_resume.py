@@ -118,7 +118,9 @@ def whole_count(words):
         ("ttt,ttt_slot", {}),
         ("ttt_slot", dict(SLOT_LOSS="past")),
         ("slot", dict(SLOT_LOSS="past", SLOT_DELTA="window")),
+        ("slot", dict(SLOT_LOSS="recent", SLOT_DELTA="window", SLOT_RESET="document")),
         ("ttt", dict(TTT_MOMENTUM="0")),
+        ("ttt", dict(TTT_PARAMS="control", TTT_OPTIMIZER="adamw")),
         ("ctw", dict(SLOT_ENABLED="0", CTW_WEIGHT="0.3", CTW_ENTROPY_THRESHOLD="0")),
     ],
 )

@@ -77,12 +77,14 @@ def test_a_plan_that_scores_twice_or_never_is_a_fault(stream, monkeypatch):
 
 
 def plain_ttt(c, model, tokens, n):
-    """Score-first TTT with plain SGD, as #549 describes it; chunks that are whole multiples of the window."""
+    """Score-first TTT with torch's optimiser, as #549 describes it; chunks that are whole multiples of the window."""
     T, C, out = c.eval_seq_len, c.ttt_chunk_tokens, torch.zeros(n)
-    chunks, sgd = (
-        math.ceil(n / C),
-        torch.optim.SGD(model.parameters(), lr=1.0, momentum=c.ttt_momentum),
-    )
+    chunks, params = math.ceil(n / C), [p for p in model.parameters() if p.requires_grad]
+    sgd = {
+        "sgd": lambda: torch.optim.SGD(params, lr=1.0, momentum=c.ttt_momentum),
+        "adamw": lambda: torch.optim.AdamW(params, weight_decay=0),
+        "rmsprop": lambda: torch.optim.RMSprop(params),
+    }[c.ttt_optimizer]()
     with torch.no_grad():
         whole = plain_sliding(model, tokens, n, T, c.eval_stride)
     for i in range(chunks):
@@ -100,7 +102,7 @@ def plain_ttt(c, model, tokens, n):
                 y = tokens[i * C + 1 : (i + 1) * C + 1].view(-1, T)[b : b + c.ttt_batch_seqs]
                 sgd.zero_grad()
                 model(x[b : b + c.ttt_batch_seqs], y).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), c.ttt_grad_clip)
+                torch.nn.utils.clip_grad_norm_(params, c.ttt_grad_clip)
                 sgd.step()
 
 
@@ -119,6 +121,25 @@ def test_ttt_equals_a_plain_loop_and_gives_the_weights_back(batch, stream):
             p.copy_(kept)
     t.evaluate(c, run, model, val, "artifact", labels=["ttt"])
     assert all(torch.equal(p, kept) for p, kept in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop"])
+@pytest.mark.parametrize("which", ["all", "control"])
+def test_ttt_of_control_vectors_and_other_optimisers_equals_a_plain_loop(which, optimizer, stream):
+    c = config(TTT_PARAMS=which, TTT_OPTIMIZER=optimizer, SAVE_EVERY="0", TTT_LR="0.003")
+    (run, val), model, other = stream(c, 512), random_model(config()), random_model(config())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in other.named_parameters():
+        p.requires_grad_(which == "all" or t.export_kind(c, name) == "fp32")
+    with t.put_back(model.parameters()):
+        nats = t.score(run, model, val, [("ttt", c)])[0][0]
+        moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        assert "blocks.0.attn_scale" in moved and ("qo_bank" in moved) == (which == "all")
+    assert all(p.requires_grad and torch.equal(p, before[n]) for n, p in model.named_parameters())
+    plain = plain_ttt(c, other, val.tokens, val.n)
+    torch.testing.assert_close(nats, plain, rtol=1e-4, atol=1e-4)
+    still = t.score(run, model, val, [("sliding_window", c)])[0][0]
+    assert (nats - still).abs().max() > 1e-3
 
 
 def chunk_trainer(c, run, model):

@@ -56,6 +56,7 @@ CHANGES = dict(
     MUON_MOMENTUM_WARMUP_START=0.1,
     MUON_MOMENTUM_WARMUP_STEPS=2,
     MUON_BACKEND_STEPS=1,
+    MUON_PROJECTIONS=1,
     MUON_WD=3,
     ADAM_WD=3,
     EMBED_WD=3,
@@ -91,6 +92,8 @@ CHANGES = dict(
     TTT_MOMENTUM=0,
     TTT_BATCH_SEQS=2,
     TTT_GRAD_CLIP=0.01,
+    TTT_PARAMS="control",
+    TTT_OPTIMIZER="adamw",
     SLOT_ENABLED=0,
     SLOT_LR=0.1,
     SLOT_STEPS=1,
@@ -108,6 +111,11 @@ CHANGES = dict(
 )
 # ... and where a change alone is not enough, what else to set in both runs.
 LAWA = dict(LAWA_ENABLED=1, LAWA_K=2, LAWA_FREQ=2)
+PAST = dict(SLOT_LOSS="past", SLOT_DELTA="window")
+MIX = dict(EVALS="roundtrip,sliding_window,ttt,mix")
+LORA = dict(
+    SLOT_ENABLED=0, TTT_PARAMS="lora", TTT_LORA_CHUNK=32, TTT_OPTIMIZER="adamw", TTT_LR=0.01
+)
 CTW = dict(SLOT_ENABLED=0, CTW_WEIGHT=0.3, CTW_ENTROPY_THRESHOLD=0)
 BESIDE = dict(
     EMBED_LR=(0.05, dict(TIE_EMBEDDINGS=0)),
@@ -121,6 +129,13 @@ BESIDE = dict(
     PREQUANT_TTT_LR=(0.01, dict(PREQUANT_TTT_ENABLED=1)),
     PREQUANT_TTT_EPOCHS=(2, dict(PREQUANT_TTT_ENABLED=1)),
     PREQUANT_TTT_FREEZE_BLOCKS=(3, dict(PREQUANT_TTT_ENABLED=1)),
+    SLOT_DECAY=(0.5, PAST),
+    MIX_BLOCK=(16, MIX),
+    MIX_SHARE=(0.5, MIX),
+    TTT_LORA_RANK=(2, LORA),
+    TTT_LORA_ALPHA=(1, LORA),
+    TTT_LORA_WD=(10, LORA),
+    TTT_LORA_CHUNK=(16, LORA),
     CTW_WEIGHT=(0.1, CTW),
     CTW_ENTROPY_THRESHOLD=(4, CTW),
     LAWA_ENABLED=(0, LAWA),
@@ -147,6 +162,9 @@ ELSEWHERE = {
     "SAVE_EVERY",
     "RESUME",
     "DOCUMENTS",
+    "SLOT_RESET",
+    "TTT_PHASES",
+    "TTT_PHASE_LR",
 }
 
 
@@ -293,6 +311,10 @@ def test_all_problems_are_reported_at_once():
         (dict(EVAL_STRIDE=2049), "EVAL_STRIDE"),
         (dict(TTT_CHUNK_TOKENS=2047), "TTT_CHUNK_TOKENS"),
         (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS"),
+        (dict(TTT_PARAMS="lora"), "TTT_PARAMS"),
+        (dict(TTT_PARAMS="lora", SLOT_ENABLED=0, TTT_LORA_RANK=257), "TTT_LORA_RANK"),
+        (dict(TTT_PARAMS="lora", SLOT_ENABLED=0, TTT_LORA_CHUNK=2049), "TTT_LORA_CHUNK"),
+        (dict(TTT_PHASES=2), "TTT_PHASES"),
         (dict(TTT_ENABLED=0, EVALS="ttt"), "EVALS"),
         (dict(SLOT_ENABLED=0, EVALS="roundtrip,slot"), "EVALS"),
         (dict(EVALS="rountrip"), "EVALS"),
@@ -491,6 +513,7 @@ SYSTEMS = [
             skip_gates_enabled=True,
             rope_train_len=2048,
             matrix_lr=0.02,
+            muon_projections=True,
             tied_embed_lr=0.03,
             scalar_lr=0.02,
             muon_wd=0.09,

@@ -14,15 +14,17 @@ from tools import audit
 from tools.plain import autograd_slot
 
 MODES = list(
-    itertools.product(("shared", "window"), ("0", "1"), ("all", "scored", "context", "past"))
+    itertools.product(
+        ("shared", "window"), ("0", "1"), ("all", "scored", "context", "past", "recent")
+    )
 )
 
 
 def autograd_stream(c, model, tokens, n):
     """Nats [n] of the stream by autograd_slot, batch by batch (window by window for a carried delta a window)."""
-    T, out, carry = c.eval_seq_len, torch.zeros(n), {} if c.slot_loss == "past" else None
+    T, out, carry = c.eval_seq_len, torch.zeros(n), {} if c.slot_loss in t.CARRIED else None
     starts, firsts = t.plan_windows(n, T, c.eval_stride)
-    size = 1 if c.slot_loss == "past" and c.slot_delta == "window" else c.slot_batch_seqs
+    size = 1 if c.slot_loss in t.CARRIED and c.slot_delta == "window" else c.slot_batch_seqs
     for b in range(0, len(starts), size):
         rows = tokens[torch.from_numpy(starts[b : b + size, None] + np.arange(T + 1))]
         with torch.no_grad():
@@ -118,7 +120,7 @@ def test_gradient_equals_autograd_in_fp64(cap, groups):
             assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-6
 
 
-@pytest.mark.parametrize("loss", ["all", "scored", "context", "past"])
+@pytest.mark.parametrize("loss", ["all", "scored", "context", "past", "recent"])
 def test_per_window_scores_do_not_depend_on_the_batch(loss, stream):
     nats = []
     for size in ("1", "4", "32"):
@@ -159,7 +161,8 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "delta,loss", itertools.product(("shared", "window"), ("all", "scored", "context", "past"))
+    "delta,loss",
+    itertools.product(("shared", "window"), ("all", "scored", "context", "past", "recent")),
 )
 def test_no_tensor_grows_with_the_batch_beyond_the_hidden_states(delta, loss, stream, monkeypatch):
     T, sizes = 32, []
@@ -238,7 +241,8 @@ def test_an_audit_finds_the_others_causal_unless_the_weights_saw_the_validation_
 
 
 @pytest.mark.parametrize(
-    "loss,delta", [("context", "window"), ("past", "shared"), ("past", "window")]
+    "loss,delta",
+    [("context", "window"), ("past", "shared"), ("past", "window"), ("recent", "window")],
 )
 def test_causal_modes_survive_two_hundred_probes(loss, delta, stream):
     c = config(
@@ -286,6 +290,8 @@ def test_scores_are_the_same_on_one_and_two_ranks(tiny, tiny_data, tmp_path):
         ("window", "context"),
         ("shared", "past"),
         ("window", "past"),
+        ("shared", "recent"),
+        ("window", "recent"),
     ]
     settings = [
         {

@@ -6,8 +6,8 @@
         --grid SLOT_STEPS=1,3,24 --grid SLOT_LR=0.001,0.01 sliding_window slot
     python -m tools.ablate --run-id slot/my_sweep --redraw    # only the figure
 
-A row is an evaluator or a preset (of which the settings of evaluation count: SLOT_*, TTT_*, CTW_*, EVAL_STRIDE), then settings,
-with a name in front if it needs one. Settings for all rows come from the environment. The first row is what the others are
+A row is an evaluator or a preset (of which the settings of evaluation count: SLOT_*, TTT_*, CTW_*, MIX_*, EVAL_STRIDE), then
+settings, with a name in front if it needs one; a row `mix` mixes the causal rows before it. Settings for all rows come from the environment. The first row is what the others are
 compared with. --grid crosses each row that reads the settings named with their values.
 
 The interval is that of a paired bootstrap over documents: 95 % of 9,999 resamples. Rows with equal windows and training share a
@@ -42,7 +42,7 @@ from scipy import stats
 import train_gpt as t
 from tools import audit
 
-EVALUATION = ("SLOT_", "TTT_", "CTW_", "EVAL_STRIDE")
+EVALUATION = ("SLOT_", "TTT_", "CTW_", "MIX_", "EVAL_STRIDE")
 HATCHES = {True: "", False: "///"}  # a grey print shows it too
 MARKERS = (("o", 9), ("s", 9), ("^", 4), ("D", 4), ("v", 5), ("x", 5), ("*", 5))  # and their sizes
 COLOURS = {True: "#2a78b5", False: "#c8553d"}  # causal, not causal; apart for colour-blind eyes too
@@ -68,9 +68,9 @@ def parse_row(text, env, base):
     preset = {k: v for k, v in t.PRESETS.get(first, {}).items() if k.startswith(EVALUATION)}
     shape = {n: t.shown(getattr(base, n.lower())) for n in t.MODEL_SETTINGS}
     label = first if first in t.EVALUATORS else None
-    c = t.load_config(
-        {**env, **shape, **preset, **given, **({"EVALS": label} if label else {"EVALS": "auto"})}
-    )
+    mixes = label and t.EVALUATORS[label].mixes
+    evals = label if label and not mixes else "roundtrip" if mixes else "auto"
+    c = t.load_config({**env, **shape, **preset, **given, "EVALS": evals})
     return name or text, label or c.evals[-1], c
 
 
@@ -133,12 +133,32 @@ def interval(nats, other, doc, size):
     return point, found.low, found.high
 
 
-def score_rows(run, model, val, rows):
-    """[(nats [N] fp64, seconds)] of rows; those with equal windows and training share a pass."""
-    passes, found = {}, [None] * len(rows)
+def mixed_rows(rows, k, of=None):
+    """Numbers of the rows that row k, a mixture, mixes: the causal ones before it, or of those the ones named. Raises BadInput for
+    fewer than two."""
+    found = [
+        j
+        for j, (name, label, c, *_) in enumerate(rows[:k])
+        if not t.EVALUATORS[label].mixes and not t.broken_conditions(c, label)
+        if of is None or name in of
+    ]
+    if len(found) < 2:
+        raise t.BadInput(f"{rows[k][0]!r}: needs two causal rows before it, or more.")
+    return found
+
+
+def score_rows(run, model, val, rows, mixes):
+    """[(nats [N] fp64, seconds)] of rows; those with equal windows and training share a pass. mixes: as in ablate()."""
+    passes, found, base = {}, [None] * len(rows), {}
     for k, (_, label, c, *_) in enumerate(rows):
-        shared = {n: v for n, v in vars(c).items() if n.startswith(("ttt_", "eval_s", "val_batch"))}
+        if t.EVALUATORS[label].mixes:
+            continue
+        names = ("ttt_", "eval_s", "val_batch")
+        shared = {"all_rows": False}
+        shared |= {n: v for n, v in vars(c).items() if n.startswith(names)}
         batch = c.slot_batch_seqs if label.endswith("slot") else None
+        if label.endswith("slot"):  # the trunk's last block gives it more rows, which takes longer
+            shared["all_rows"] = c.slot_loss in ("all", "context", "recent")
         key = (t.pass_of(label), tuple(shared.values()) if label != "roundtrip" else ())
         same = next(
             (p for p in passes if p[0] == key and (p[1] is None or batch is None or p[1] == batch)),
@@ -147,10 +167,21 @@ def score_rows(run, model, val, rows):
         members = passes.pop(same, []) if same else []
         passes[key, batch if same is None or same[1] is None else same[1]] = [*members, k]
     for members in passes.values():
+        watch = t.Stopwatch(run.ranks, len(members))
         with t.put_back(model.parameters()):
-            results = t.score(run, model, val, [rows[k][1:3] for k in members])
+            results = t.score(run, model, val, [rows[k][1:3] for k in members], watch=watch)
+        shared = watch.elapsed() - watch.by_method().sum()
         for k, (nats, seconds) in zip(members, results):
             found[k] = nats.double().cpu().numpy(), seconds
+            base[k] = members[0], shared
+    for k, (_, label, c, *_) in enumerate(rows):
+        if t.EVALUATORS[label].mixes:
+            parts = mixed_rows(rows, k, mixes.get(rows[k][0]))
+            nats, weights = t.mixture(c, torch.from_numpy(np.stack([found[j][0] for j in parts])))
+            own = sum(found[j][1] - base[j][1] for j in parts)  # what a pass shares counts once
+            found[k] = nats.numpy(), own + sum(dict(base[j] for j in parts).values())
+            named = " ".join(f"{rows[j][0]}: {w:.4f}" for j, w in zip(parts, weights))
+            run.log.line(f"mean weights of {rows[k][0]}: {named}")
     return found
 
 
@@ -272,9 +303,9 @@ def table(rows):
     return lines
 
 
-def ablate(run, model, val, rows):
-    """Results of rows as dicts, in their order; logs a line for each."""
-    scored, results = score_rows(run, model, val, rows), []
+def ablate(run, model, val, rows, mixes=None):
+    """Results of rows as dicts, in their order; logs a line for each. mixes: {mixture: names of its rows}; else all that are causal."""
+    scored, results = score_rows(run, model, val, rows, mixes or {}), []
     doc, base = documents(val.tokens.cpu().numpy()), None
     for (name, label, c, family, grid), (nats, seconds) in zip(rows, scored):
         base = nats if base is None else base
@@ -321,11 +352,21 @@ def draw(results, folder, title):
     chart(results, folder / "ablate.png", title, *(["SLOT_STEPS"] if chart is line_chart else []))
 
 
-def read_results(folder):
-    """Results as written to a folder's ablate.csv. Raises BadInput."""
-    path = folder / "ablate.csv"
+def write_results(results, path):
+    """Write results as a table."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, results[0])
+        writer.writeheader()
+        writer.writerows(
+            {**row, "grid": " ".join(f"{k}={v}" for k, v in row["grid"].items())} for row in results
+        )
+
+
+def read_results(folder, name="ablate.csv"):
+    """Results as written to a folder's table. Raises BadInput."""
+    path = folder / name
     if not path.is_file():
-        raise t.BadInput(f"{folder}: has no ablate.csv; give the RUN_ID of an ablation in logs/.")
+        raise t.BadInput(f"{folder}: has no {name}; give the RUN_ID of an ablation in logs/.")
     rows = list(csv.DictReader(io.StringIO(console.read_text(path), newline="")))
     try:
         for row in rows:
@@ -384,6 +425,9 @@ def main(argv=None):
     run, c, model, val = audit.load(args.artifact, {**env, "EVALS": "none"})
     rows = cross([parse_row(text, env, c) for text in args.rows], grid)
     console.refuse_repeated(row[0] for row in rows)
+    for k, row in enumerate(rows):
+        if t.EVALUATORS[row[1]].mixes:
+            mixed_rows(rows, k)
     for _, _, row, *_ in rows:
         problems = t.cross_check(row)
         if problems:
@@ -391,13 +435,7 @@ def main(argv=None):
     run.log.start()
     results = ablate(run, model, val, rows)
     if run.ranks.rank == 0:
-        with open(run.log.folder / "ablate.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, results[0])
-            writer.writeheader()
-            writer.writerows(
-                {**row, "grid": " ".join(f"{k}={v}" for k, v in row["grid"].items())}
-                for row in results
-            )
+        write_results(results, run.log.folder / "ablate.csv")
         draw(results, run.log.folder, args.title or args.run_id)
         print("\n".join(table(results)), flush=True)
     return 0

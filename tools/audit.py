@@ -60,6 +60,7 @@ def shrink(c, targets):
         c,
         ttt_chunk_tokens=min(c.ttt_chunk_tokens, max(c.eval_seq_len, targets // 4)),
         slot_batch_seqs=min(c.slot_batch_seqs, windows),
+        ttt_lora_chunk=min(c.ttt_lora_chunk, max(1, targets // 16)),
     )
 
 
@@ -90,6 +91,17 @@ def boundaries(c, run, label, n):
     )
 
 
+def document_probes(c, tokens, count, rng):
+    """Token indices for TTT_PARAMS=lora: documents' first tokens, the tokens around their chunks' ends, and any."""
+    n = len(tokens) - 1
+    begins = [0, *np.flatnonzero(tokens[:n].cpu().numpy() == t.DOCUMENT_START).tolist()]
+    found = {*begins}
+    for begin, end in zip(begins, [*begins[1:], n], strict=True):
+        found |= {k + near for k in range(begin, end, c.ttt_lora_chunk) for near in (0, 1)}
+    found = rng.permutation(sorted(k for k in found if k > 1))[: count // 2].tolist()
+    return found + rng.integers(2, n + 1, count - len(found)).tolist()
+
+
 def probes(c, run, label, n, count, rng):
     """Token indices to change: boundaries first, then random ones; every index leaves an earlier score that could move."""
     found = boundaries(c, run, label, n)[: max(1, count // 2)]
@@ -101,9 +113,11 @@ def flip(run, model, tokens, label, c, where):
     base, moved, largest = score(run, model, tokens, label, c), 0, 0.0
     if not torch.equal(base, score(run, model, tokens, label, c)):
         return len(where), math.nan
-    for p in where:
+    for k, p in enumerate(where):
         changed = tokens.clone()
         changed[p] = (changed[p] + 1 + p % (c.vocab_size - 1)) % c.vocab_size
+        if k % 4 == 3 and tokens[p] != t.DOCUMENT_START:  # where documents begin and end counts too
+            changed[p] = t.DOCUMENT_START
         before, after = (
             base[: p - 1],
             score(run, model, changed, label, c)[: p - 1],
@@ -129,19 +143,17 @@ class Ledger(t.Observer):
     """Which window scores each target, and which windows' parameters were fitted to it."""
 
     def __init__(self, c, label, n):
-        self.c, self.label, self.T = c, label, c.eval_seq_len
+        self.c, self.label = c, label
         self.next, self.early, self.uses = 0, 0, 0
-        starts, firsts = t.plan_windows(
-            n, self.T, self.T if label == "roundtrip" else c.eval_stride
-        )
-        self.scored_by = np.repeat(np.arange(len(starts)), self.T - firsts)
+        self.scored_by = np.full(n, t.MAX_INT)  # none yet
         self.count = np.zeros(n, int)
 
-    def scoring(self, starts, firsts):
+    def scoring(self, starts, firsts, ends):
         """Count the targets that these windows score."""
-        self.next += len(starts)
-        for start, first in zip(starts, firsts, strict=True):
-            self.count[start + first : start + self.T] += 1
+        for start, first, end in zip(starts, firsts, ends, strict=True):
+            self.count[start + first : end] += 1
+            self.scored_by[start + first : end] = self.next
+            self.next += 1
 
     def learned(self, begin, end):
         """All windows that are not yet scored depend on these targets."""
@@ -176,7 +188,10 @@ def floor(run, model, c, label, n, rng):
 def audit(run, model, tokens, label, c, count=24, sum_count=1, seed=0):
     """Report of an evaluator as a dict; broken is what was found in the form of train_gpt.broken_conditions."""
     rng, n = np.random.default_rng(seed), len(tokens) - 1
-    where = probes(c, run, label, n, count, rng)
+    if label == "ttt" and c.ttt_params == "lora":
+        where = document_probes(c, tokens, count, rng)
+    else:
+        where = probes(c, run, label, n, count, rng)
     moved, largest = flip(run, model, tokens, label, c, where)
     # A sum takes a run for every token, so on two windows' worth, with places in the second and a chunk boundary between them:
     # what is learnt from the past has been learnt by then, and later windows of a batch have the place as context.

@@ -261,7 +261,7 @@ def autograd_slot(c, model, h, targets, firsts, carry=None):
     """Nats [B,T] of a batch of windows under SLOT, as published: at every step the logits of all positions, a mask on their loss,
     autograd through the head and torch's AdamW.
 
-    carry: a dict that keeps delta, bias and optimiser between batches (SLOT_LOSS=past, which scores first).
+    carry: a dict that keeps delta, bias and optimiser between batches (SLOT_LOSS=past or recent, which score first).
     """
     T, weight, window = (
         h.size(1),
@@ -270,14 +270,18 @@ def autograd_slot(c, model, h, targets, firsts, carry=None):
     )
     columns = torch.arange(T, device=h.device)
     first = torch.from_numpy(firsts).to(h.device)[:, None]
-    mask = {"all": (columns < T - 1).expand(len(h), T), "context": columns < first}.get(
-        c.slot_loss, columns >= first
+    mask = {
+        "all": (columns < T - 1).expand(len(h), T),
+        "recent": (columns < T).expand(len(h), T),
+        "context": columns < first,
+    }.get(c.slot_loss, columns >= first)
+    usual = {"all": T - 1, "recent": T, "context": T - c.eval_stride}.get(
+        c.slot_loss, c.eval_stride
     )
-    usual = {"all": T - 1, "context": T - c.eval_stride}.get(c.slot_loss, c.eval_stride)
     share = 1 / (32 * usual) if window else 1 / max(1, int(mask.sum()))
     state = carry if carry else {}
     if not state:
-        groups = len(h) if window and c.slot_loss != "past" else 1
+        groups = len(h) if window and c.slot_loss not in t.CARRIED else 1
         state["params"] = [
             torch.zeros(groups, 1, n, dtype=h.dtype, device=h.device, requires_grad=True)
             for n in (h.size(2), len(weight))[: 1 + c.slot_bias]
@@ -297,7 +301,7 @@ def autograd_slot(c, model, h, targets, firsts, carry=None):
         ).view(len(h), T)
 
     before = None
-    if c.slot_loss == "past":
+    if c.slot_loss in t.CARRIED:
         with torch.no_grad():
             before = nats()
     low, moved, last = c.slot_lr if c.slot_lr_min < 0 else c.slot_lr_min, 0.0, None
@@ -323,7 +327,7 @@ class PlainEvaluation:
         self.nats, self.n = torch.zeros(len(tokens) - 1), len(tokens) - 1
         self.starts, self.firsts = t.plan_windows(self.n, c.eval_seq_len, c.eval_stride)
         self.sgd = torch.optim.SGD(model.parameters(), lr=1.0, momentum=c.ttt_momentum)
-        self.carry = {} if c.slot_loss == "past" else None
+        self.carry = {} if c.slot_loss in t.CARRIED else None
 
     def score(self, windows):
         """Nats of the targets of these windows (indices)."""
