@@ -106,6 +106,7 @@ def test_the_examples_of_each_tools_help_run(name, made):
         other.mkdir(parents=True, exist_ok=True)
         training = Path(env["DATA_PATH"]) / "fineweb_train_000000.bin"
         shutil.copy(training, other / "fineweb_val_000000.bin")
+        env = {**env, "TTT_LORA_CHUNK": "8"}
     if name == "audit":  # of all evaluators one
         env = {**env, "EVALS": "slot"}
         score = "def score(tokens):\n    return np.full(len(tokens) - 1, np.log(8))\n"
@@ -315,6 +316,7 @@ def test_a_ladder_stacks_and_mixes_what_was_best_on_the_other_text(made):
     rows = ladder.ladder_rows(chosen)
     stack = "ttt_slot TTT_LR=0.02 SLOT_LOSS=context SLOT_DELTA=window SLOT_STEPS=8"
     assert rows["TTT + SLOT context"] == stack
+    env = {**env, "TTT_LORA_CHUNK": "8"}
     c = t.load_config({**env, "EVALS": "none"})
     parsed = [(*ablate.parse_row(f"{n}={row}", env, c), n, {}) for n, row in rows.items()]
     mixed = {
@@ -333,12 +335,18 @@ def test_the_frontier_has_what_nothing_causal_beats_in_less_time():
     assert [row["seconds"] for row in ladder.frontier(rows)] == [1, 3, 5]
 
 
-def test_a_ladder_refuses_to_choose_on_the_text_it_scores(made, refused):
+def test_a_ladder_refuses_before_it_writes_anything(made, refused, monkeypatch):
     _, env, artifact = made
     words = ["--run-id", "bad", "--artifact", artifact]
     assert "--artifact and --tune are needed" in refused(ladder.main, words)
     told = refused(ladder.main, [*words, "--tune", env["DATA_PATH"]])
-    assert "begins as the text to score does" in told and not Path("logs/bad").exists()
+    assert "begins as the text to score does" in told
+    monkeypatch.setenv("TTT_LORA_CHUNK", "64")
+    other = Path("other")
+    other.mkdir()
+    shutil.copy(Path(env["DATA_PATH"]) / "fineweb_train_000000.bin", other / "fineweb_val_0.bin")
+    told = refused(ladder.main, [*words, "--tune", str(other)])
+    assert "TTT_LORA_CHUNK=64: at most EVAL_SEQ_LEN=16" in told and not Path("logs/bad").exists()
 
 
 def test_ablate_on_two_ranks_gives_the_same_and_writes_once(made):

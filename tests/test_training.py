@@ -60,7 +60,7 @@ def test_banked_muon_and_adamw_equal_their_plain_versions(embed_wd):
         for n, p in model.named_parameters()
         if n not in t.BANKS
     }
-    lr_of = {"embed": c.tied_embed_lr, "scalar": c.scalar_lr}
+    lr_of = {"embed": c.tied_embed_lr, "scalar": c.scalar_lr, "proj": c.scalar_lr}
     tables = {"tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight"}
     assert tables < set(small)
     adam = torch.optim.AdamW(

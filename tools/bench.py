@@ -42,7 +42,7 @@ import torch
 
 import train_gpt as t
 from tools import plain
-from tools.audit import Stream
+from tools.evaluators import Stream
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -218,6 +218,8 @@ def main(argv=None):
     env = {**os.environ, "RUN_ID": args.run_id, "RESUME": "0"}
     run, c, model, tune, val = load(args.artifact, args.tune, env)
     tune, val = Head(tune, args.tune_targets), Head(val, args.targets)
+    for row in ladder_rows({name: row for name, (row, _) in RUNGS.items()}).values():
+        ablate.parse_row(row, env, c)  # before anything is written: the settings go together
     run.log.start()
     chosen = chosen_rows(run, model, tune, env, c)
     rows = [

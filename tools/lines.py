@@ -86,6 +86,7 @@ STAGES = (  # in the order of a table; the last one there is the score
     "ctw",
     "ngram",
     "ppm",
+    "mix",
 )
 
 
