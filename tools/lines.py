@@ -71,6 +71,7 @@ STAGE_TABLE = (  # the first row whose pattern is in the label (in lower case) c
     Stage("sliding_window", "sliding", r"sliding|stride|slide", YES, PLAIN),
     Stage("temped", "tempered", r"temped|temperature", YES, PLAIN),
     Stage("roundtrip", "roundtrip", r"round[-_ ]?trip|quantized|quantised", YES, PLAIN),
+    Stage("mix", "mixture", r"^(final_\w+_)?mix$", YES, PLAIN),
 )
 STAGES = (  # in the order of a table; the last one there is the score
     "roundtrip",
