@@ -606,7 +606,7 @@ def test_bad_input(tmp_path, capsys, model):
         (tmp_path / name).write_bytes(data)
     good = tmp_path / "a.txt"
     assert "no such file or folder" in refused(capsys, "text", tmp_path / "none.txt", *out)
-    assert "no .txt, .jsonl" in refused(capsys, "text", tmp_path / "a.csv", *out)
+    assert "no .txt, .py, .jsonl" in refused(capsys, "text", tmp_path / "a.csv", *out)
     assert "bad.txt: 'utf-8' codec" in refused(capsys, "text", tmp_path / "bad.txt", *out)
     assert "give more text" in refused(capsys, "text", tmp_path / "empty.txt", "--val", good, *out)
     assert "no such tokenizer" in refused(
