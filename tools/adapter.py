@@ -184,7 +184,9 @@ def verdict(box: blackbox.Box, claims: list[str], sums: int) -> tuple[list[str],
     )
     lines.insert(-1, f"{'C3 score first':15} follows      from C1 and C2, for a black box: {why}")
     if sums:
-        below = box.gap < -4 * box.gap_error
+        below = (
+            box.gap < -4 * box.gap_error - blackbox.OFF
+        )  # a uniform score is at it, but for rounding
         lines += [
             f"{'floor':15} {'BELOW' if below else 'above':12} random tokens: ln V {box.gap:+.4f} +- {box.gap_error:.4f}"
         ]
