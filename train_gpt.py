@@ -6080,7 +6080,8 @@ def window_hashes(tokens: np.ndarray) -> np.ndarray:
     up, down = (np.full(len(tokens), b, np.uint64) for b in (base, pow(base, -1, 2**64)))
     sums = np.cumsum(words[tokens] * np.cumprod(up, dtype=np.uint64), dtype=np.uint64)
     sums = np.concatenate([np.zeros(1, np.uint64), sums])
-    return (sums[64:] - sums[:-64]) * np.cumprod(down, dtype=np.uint64)[: len(sums) - 64]
+    down = np.cumprod(down, dtype=np.uint64)[: max(0, len(sums) - 64)]
+    return (sums[64:] - sums[:-64]) * down
 
 
 @CONSOLE.doing("comparing training and validation text")

@@ -405,10 +405,9 @@ def test_a_vocabulary_of_65536_is_trained_and_scored(tmp_path, monkeypatch, caps
         if "/fineweb_" in name and name.endswith(".bin"):
             prepare.write_shard(tmp_path / "made.bin", [ids])
             hub.files[name] = (tmp_path / "made.bin").read_bytes()
-    hub.files["datasets/datasets/fineweb10B_sp65536/fineweb_val_000000.bin"] = (
-        hub.files["datasets/datasets/fineweb10B_sp65536/fineweb_train_000000.bin"][:-2]
-        + b"\xfe\xff"
-    )
+    prepare.write_shard(tmp_path / "made.bin", [[1, 65535, *range(199, 3, -1), 65534]])
+    val = "datasets/datasets/fineweb10B_sp65536/fineweb_val_000000.bin"
+    hub.files[val] = (tmp_path / "made.bin").read_bytes()
     command = ("fineweb", "--variant", "sp65536", "--train-shards", 1, "--out", tmp_path / "data")
     assert run(capsys, *command, fetch=hub)[0] == 0
     monkeypatch.chdir(tmp_path)
