@@ -3,11 +3,12 @@ RUN_ID := $(or $(RUN_ID),demo_$(shell date +%Y%m%d_%H%M%S))
 TRAIN_SHARDS ?= 80
 BENCH_PRESET ?= demo
 JOBS ?= 2
+ARTIFACT ?= logs/demo/final_model.ptz
 GPU_NAME ?= $(shell date +%Y%m%d)
 BIN = .venv/bin
 QUICK = tests/test_structure.py tests/test_packing.py tests/test_settings.py tests/test_matrix.py
 
-.PHONY: help demo demo-data fineweb check test soak bench gpu clean
+.PHONY: help demo demo-data fineweb ladder check test soak bench gpu clean
 
 help:  ## Show this list.
 	@echo 'make PYTHON=python3.12 TARGET takes another Python (3.11 or newer) for .venv, which is made when it is needed.'
@@ -40,6 +41,11 @@ demo-data: .venv/installed  ## Make the demo's data from Python's own standard l
 
 fineweb: .venv/installed  ## Fetch the record's data; TRAIN_SHARDS=1 for less than all 80 shards.
 	$(BIN)/python data/prepare.py fineweb --train-shards $(TRAIN_SHARDS)
+
+TUNE = $$(find .venv/lib -path '*/numpy/*.py' -not -path '*tests*' -size +6 -size -36 | sort)
+ladder: demo-data  ## What adapting while scoring gains on a demo run's ARTIFACT, and its seconds; rates chosen on numpy's source: ten minutes.
+	$(BIN)/python data/prepare.py text $(TUNE) --name tune --tokenizer data/tokenizers/demo_1024_bpe.model --val-fraction 0.9
+	PRESET=demo TTT_CHUNK_TOKENS=2048 $(BIN)/python -m tools.ladder --artifact $(ARTIFACT) --tune data/datasets/tune --run-id ladder/$(RUN_ID)
 
 check: .venv/installed  ## Format, lint, types and the quick tests, in under a minute.
 	$(BIN)/ruff format --check

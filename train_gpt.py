@@ -55,7 +55,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from threading import Thread
 from time import perf_counter, sleep, strftime
@@ -337,6 +337,9 @@ class Config:
     muon_row_norm: bool = setting(
         False, "Give a gradient's rows equal norms before Newton-Schulz (MuonEq-R)."
     )
+    muon_projections: bool = setting(
+        False, "Muon, not AdamW, trains the projections of bigram and value embedding (#1435)."
+    )
     muon_wd: float = setting(0.04, "Decoupled weight decay of Muon.")
     adam_wd: float = setting(0.04, "Decoupled weight decay of AdamW.")
     embed_wd: float = setting(
@@ -411,9 +414,25 @@ class Config:
     ttt_freeze_blocks: int = setting(0, "First blocks that TTT leaves alone.")
     ttt_momentum: float = setting(0.9, "TTT's momentum of SGD.", high=0.99999)
     ttt_batch_seqs: int = setting(32, "Sequences of a TTT step over all ranks.", low=1, high=10**6)
-    ttt_params: Literal["all", "control"] = setting(
-        "all", "What TTT trains; control: scales, mixes, gates, gains and skips alone (#1518)."
+    ttt_params: Literal["all", "control", "lora"] = setting(
+        "all",
+        "What TTT trains; control: scales, mixes, gates, gains and skips alone (#1518); lora:"
+        " low-rank factors, new ones for each document (#1530).",
     )
+    ttt_lora_rank: int = setting(4, "Rank of the factors.", low=1, high=MAX_INT)
+    ttt_lora_alpha: float = setting(8.0, "The factors' product is times this / TTT_LORA_RANK.")
+    ttt_lora_wd: float = setting(0.0, "Weight decay of the factors: TTT_LR * this a step.")
+    ttt_lora_chunk: int = setting(
+        64, "Targets of a document after which its factors learn.", low=1, high=10**6
+    )
+    ttt_phases: int = setting(
+        1,
+        "Equal parts of the stream: after the documents that start in one, all weights learn from"
+        " them, in one pass of SGD (#1610).",
+        low=1,
+        high=MAX_INT,
+    )
+    ttt_phase_lr: float = setting(0.001, "Rate of that SGD.")
     ttt_optimizer: Literal["sgd", "adamw", "rmsprop"] = setting(
         "sgd", "TTT's optimiser; its state goes on from chunk to chunk."
     )
@@ -483,14 +502,13 @@ PR1313 = SLOT24 | dict(
 PR1435 = dict(
     ITERATIONS=20000, TTT_ENABLED=0, SLOT_ENABLED=0, QUANT="gptq",
     WARMDOWN_FRAC=0.667, MATRIX_LR=0.02, SCALAR_LR=0.02, TIED_EMBED_LR=0.03,
-    MUON_WD=0.09, EMBED_WD=0.09, ADAM_WD=0.02, MUON_ROW_NORM=1,
+    MUON_WD=0.09, EMBED_WD=0.09, ADAM_WD=0.02, MUON_ROW_NORM=1, MUON_PROJECTIONS=1,
     EMA_DECAY=0.9965, SWA_ENABLED=0, LATE_QAT=0,
     MLP_MULT=4, BIGRAM_DIM=112, XSA_LAST_N=11, QK_GAIN_INIT=5, ROPE_TRAIN_LEN=2048,
     RECUR_LAYERS="4,5", RECUR_STYLE="shared", SKIP_GATES_ENABLED=1, PARALLEL_START_LAYER=7,
 )
-HELPFUL = dict(  # of what the record's followers changed, what helped the demo and costs no time
-    SLOT_ENABLED=0, DATA_ORDER="coprime", MIN_LR=0.05,
-    NEWTON_SCHULZ="polar_express", MUON_WD=0.085, QUANT="gptq",
+PR1042 = PR1435 | dict(
+    WARMDOWN_FRAC=0.6, MATRIX_LR=0.028, SCALAR_LR=0.028, TIED_EMBED_LR=0.042, QK_GAIN_INIT=6,
 )
 PRESETS: dict[str, dict[str, Any]] = {
     "pr1084": {},
@@ -505,9 +523,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pr1321": PR1313 | dict(SLOT_STEPS=48),
     "pr1324": PR1313 | dict(SLOT_STEPS=48),
     "pr1435": PR1435,
-    "pr1042": PR1435 | dict(
-        WARMDOWN_FRAC=0.6, MATRIX_LR=0.028, SCALAR_LR=0.028, TIED_EMBED_LR=0.042, QK_GAIN_INIT=6,
-    ),
+    "pr1042": PR1042,
     "pr1498": PR1435 | SLOT24 | dict(
         SLOT_ENABLED=1, RECUR_LAYERS="3,4,5", QK_GAIN_INIT=5.5, CALIBRATION="validation",
         PREQUANT_TTT_ENABLED=1, PREQUANT_TTT_EPOCHS=11, PREQUANT_TTT_FREEZE_BLOCKS=0,
@@ -516,10 +532,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "slot32": PR1313 | dict(SLOT_STEPS=32, SLOT_LR=0.015),
     "slot48": PR1313 | dict(SLOT_STEPS=48),
     "hypergradient": PR1313 | dict(SLOT_HYPER_LR=1e-5),
-    "best": HELPFUL | dict(
-        XSA_LAST_N=11, QK_GAIN_INIT=4, RECUR_LAYERS="4,5", PARALLEL_LAST_N=4, MUON_ROW_NORM=1,
+    "best": PR1042 | dict(TTT_ENABLED=1),
+    "best_demo": dict(  # as PRESET=demo,best_demo: what helps the demo and costs it no time
+        SLOT_ENABLED=0, EVALS="auto", DATA_ORDER="coprime", MIN_LR=0.05, XSA_LAST_N=4,
+        NEWTON_SCHULZ="polar_express", MUON_WD=0.085, QUANT="gptq",
     ),
-    "best_demo": HELPFUL | dict(EVALS="auto", XSA_LAST_N=4),  # as PRESET=demo,best_demo
     "demo": dict(
         DATA_PATH="./data/datasets/demo_sp1024",
         TOKENIZER_PATH="./data/tokenizers/demo_1024_bpe.model",
@@ -830,6 +847,10 @@ def evaluation_problems(c: Config) -> Iterator[tuple[str, str]]:
     if c.slot_reset == "document" and c.slot_delta != "window":
         yield "SLOT_RESET", "needs SLOT_DELTA=window: a batch holds several documents"
     yield from mix_problems(c)
+    if c.ttt_params == "lora":
+        yield from lora_problems(c)
+    elif c.ttt_phases > 1:
+        yield "TTT_PHASES", "needs TTT_PARAMS=lora; set 1"
     asked = [EVALUATORS[label] for label in c.evals if label in EVALUATORS]
     for name in sorted(set().union(*(evaluator.needs() for evaluator in asked)) - on):
         text = (
@@ -838,15 +859,27 @@ def evaluation_problems(c: Config) -> Iterator[tuple[str, str]]:
         yield "EVALS", text
 
 
+def lora_problems(c: Config) -> Iterator[tuple[str, str]]:
+    """(setting, what is wrong) of TTT by low-rank factors."""
+    for label in evaluators_of(c):
+        if label != "ttt" and label in EVALUATORS and EVALUATORS[label].ttt:
+            yield "TTT_PARAMS", f"{label} has no lora; set EVALS=ttt, or TTT_PARAMS=all"
+    smallest = min(
+        c.model_dim, c.model_dim // c.num_heads * c.num_kv_heads, int(c.model_dim * c.mlp_mult)
+    )
+    if c.ttt_lora_rank > smallest:
+        yield "TTT_LORA_RANK", f"at most {smallest}, the smallest side of a matrix"
+    if c.ttt_lora_chunk > c.eval_seq_len:
+        yield "TTT_LORA_CHUNK", f"at most EVAL_SEQ_LEN={c.eval_seq_len}"
+
+
 def mix_problems(c: Config) -> Iterator[tuple[str, str]]:
     """(setting, what is wrong) of a mixture of evaluators."""
     for at, label in enumerate(c.evals):
-        if label not in EVALUATORS or not EVALUATORS[label].mixes:
-            continue
-        if at != len(c.evals) - 1:
-            yield "EVALS", f"{label} mixes those before it; name it last"
-        if at < 2:
-            yield "EVALS", f"{label} needs two other evaluators before it, or more"
+        if label == "mix" and at != len(c.evals) - 1:
+            yield "EVALS", "mix mixes those before it; name it last"
+        if label == "mix" and at < 2:
+            yield "EVALS", "mix needs two other evaluators before it, or more"
 
 
 def help_page(family: str = "") -> str:
@@ -923,7 +956,7 @@ class Console:
     PAUSE = 4.0  # seconds without a line
 
     def __init__(self) -> None:
-        self.heard = perf_counter()  # the last line
+        self.heard = perf_counter()  # when the last line came
         self.activities = [("starting", self.heard)]  # name, begin; each inside the one before
 
     def say(self, text: str) -> None:
@@ -1121,7 +1154,8 @@ from torch import Tensor, nn  # noqa: E402
 MAGIC = b"PGSLOT\x02\n"
 EXPANSION = 64  # a body may expand to so many times its LZMA, and always to 32 MiB
 STREAMS = 8
-HEADER_BYTES = 2**20  # that a header may take, and an eighth of its file more: JSON grows when read
+HEADER_BYTES = 400_000  # that a header may take, and an eighth of its file more
+HEADER_NAMES = {"model", "step", "matrices", "settings", "tensors"}
 # Weights do not repeat: one literal context and a short search do as well as preset 6 in half the
 # time.
 LZMA_FILTERS = [
@@ -1218,7 +1252,7 @@ def is_shape(there: object) -> bool:
     return all(type(size) is int and 0 < size < 2**40 for size in there)
 
 
-def no_number(name: str) -> None:
+def refuse_constant(name: str) -> None:
     """Refuse the NaN and Infinity of Python's JSON. Raises ValueError."""
     raise ValueError(f"its header has {name} for a number")
 
@@ -1236,9 +1270,16 @@ def read_header(
     start = 4 + int.from_bytes(decode(content, 4), "little")
     if start > HEADER_BYTES + len(content) // 8:
         raise ValueError(f"its header claims {start} bytes")
-    header = json.loads(bytes(decode(content, start))[4:], parse_constant=no_number)
+    head = bytes(decode(content, start))[4:]
+    # A value takes 60 bytes or more in memory: "[],[],[]" grows 20 times when it is read. What we
+    # write has one of these signs in 8 bytes or more; with one in 7 it grows 10 times at most.
+    if 7 * sum(map(head.count, b"[{,:")) > 10_000 + len(head):
+        raise ValueError("its header has too many values for its length")
+    header = json.loads(head, parse_constant=refuse_constant)
     if not isinstance(header, dict) or not isinstance(header.get("tensors"), list):
         raise ValueError("its header is no object with tensors")
+    if not header.keys() <= HEADER_NAMES:
+        raise ValueError(f"its header has {', '.join(header.keys() - HEADER_NAMES)}")
     claims: Claims = {}
     for row in header["tensors"]:
         match row:
@@ -2066,11 +2107,13 @@ class ValData:
         self.dropped = len(tokens) - 1 - self.n
         tokens = tokens[: self.n + 1]
         counts = ByteCounts(c.tokenizer_path, c.vocab_size)
-        if c.documents == "mask" and counts.document_start != DOCUMENT_START:
-            raise BadInput(
-                f"TOKENIZER_PATH={c.tokenizer_path}: its documents begin with token"
-                f" {counts.document_start}; DOCUMENTS=mask needs {DOCUMENT_START}."
-            )
+        for name, value in (("DOCUMENTS", "mask"), ("TTT_PARAMS", "lora")):
+            needed = getattr(c, name.lower()) == value
+            if needed and counts.document_start != DOCUMENT_START:
+                raise BadInput(
+                    f"TOKENIZER_PATH={c.tokenizer_path}: its documents begin with token"
+                    f" {counts.document_start}; {name}={value} needs {DOCUMENT_START}."
+                )
         self.bytes = counts.count(tokens[:-1], tokens[1:])
         self.total_bytes = int(self.bytes.sum(dtype=np.int64))
         if not self.total_bytes:
@@ -2104,7 +2147,7 @@ class ParameterRule(NamedTuple):
 
     pattern: str
     init: str  # embedding, normal, orthogonal, stream, q_gain or fill (with `value`)
-    group: str  # of the optimiser: muon, or AdamW's embed, head, scalar
+    group: str  # of the optimiser: muon, or AdamW's embed, head, scalar; proj: see Optimizer
     export: str  # int6 and int8 are quantised, fp16 and fp32 kept
     value: float = 0.0
 
@@ -2118,7 +2161,7 @@ PARAMETER_RULES = (
     ParameterRule(r"bigram\.scale",                       "fill",       "scalar", "fp32", 0.05),
     ParameterRule(r"ve_shared\.embed\.weight",            "normal",     "embed",  "int8", 0.01),
     ParameterRule(r"ve_shared\.scale",                    "fill",       "scalar", "fp32", 0.1),
-    ParameterRule(r"(bigram|ve_shared)\.proj\.weight",    "orthogonal", "scalar", "fp16"),
+    ParameterRule(r"(bigram|ve_shared)\.proj\.weight",    "orthogonal", "proj",   "fp16"),
     ParameterRule(r"ve_layer_scales\.\d+|skip_weights",   "fill",       "scalar", "fp32", 1.0),
     ParameterRule(r"smear\.gate|skip_gates",              "fill",       "scalar", "fp32", 0.0),
     ParameterRule(r"iter_embed",                          "normal",     "scalar", "fp32", 0.02),
@@ -2384,15 +2427,33 @@ def layer_plan(c: Config, recurring: bool) -> list[Place]:
     ]
 
 
+class Adapted(NamedTuple):
+    """A matrix and what each sequence of a batch adds to it, b a, which is not multiplied out."""
+
+    weight: Tensor  # [out,in]
+    a: Tensor  # [B,r,in]
+    b: Tensor  # [B,out,r]
+
+
+Factors = Mapping[int, Sequence[tuple[Tensor, Tensor]]]  # by layer: a, b of each of LayerWeights
+
+
+def linear(x: Tensor, w: Tensor | Adapted) -> Tensor:
+    """x [B,T,in] times a matrix [out,in], or times one for each of the B."""
+    if isinstance(w, Tensor):
+        return F.linear(x, w)
+    return F.linear(x, w.weight) + x @ w.a.mT @ w.b.mT
+
+
 class LayerWeights(NamedTuple):
     """A layer's matrices, out of the banks, in the compute dtype: [out,in]."""
 
-    q: Tensor
-    o: Tensor
-    k: Tensor
-    v: Tensor
-    up: Tensor
-    down: Tensor
+    q: Tensor | Adapted
+    o: Tensor | Adapted
+    k: Tensor | Adapted
+    v: Tensor | Adapted
+    up: Tensor | Adapted
+    down: Tensor | Adapted
 
 
 class Visit(NamedTuple):
@@ -2427,9 +2488,9 @@ class Attention(nn.Module):
         """
         B, T, _ = x.shape
         R = visit.rows
-        q = F.linear(last_rows(x, R), w.q).view(B, R, self.heads, -1)
-        k = F.linear(x, w.k).view(B, T, self.kv_heads, -1)
-        raw = values = F.linear(x, w.v)
+        q = linear(last_rows(x, R), w.q).view(B, R, self.heads, -1)
+        k = linear(x, w.k).view(B, T, self.kv_heads, -1)
+        raw = values = linear(x, w.v)
         if visit.value_extra is not None:
             values = raw + visit.value_extra
         v = self.mix_values(values, visit.v_first).view(B, T, self.kv_heads, -1)
@@ -2491,7 +2552,7 @@ class Block(nn.Module):
         x = mix[0] * x + mix[1] * visit.x0
         a, v = self.attn(rms_norm(x) * self.norm_scale, w, visit)
         before = last_rows(x, visit.rows)
-        x = before + attn_scale * F.linear(a, w.o)
+        x = before + attn_scale * linear(a, w.o)
         if lane is not None:
             lane = last_rows(lane, visit.rows)
             return x, lane + mlp_scale * self.mlp(lane, w), v
@@ -2500,8 +2561,8 @@ class Block(nn.Module):
 
     def mlp(self, x: Tensor, w: LayerWeights) -> Tensor:
         """[B,R,D] -> [B,R,D]."""
-        h = F.leaky_relu(F.linear(rms_norm(x) * self.norm_scale, w.up), 0.5).square()
-        return F.linear(h, w.down)
+        h = F.leaky_relu(linear(rms_norm(x) * self.norm_scale, w.up), 0.5).square()
+        return linear(h, w.down)
 
     @staticmethod
     def of_visit(p: Tensor, dims: int, again: int, dtype: torch.dtype) -> Tensor:
@@ -2625,11 +2686,13 @@ class GPT(nn.Module):
         found = () if self.recurring else (self.iter_embed, self.iter_gate)
         return [p for p in found if p is not None]
 
-    def hidden(self, ids: Tensor, tail: int | None = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, tail: int | None = None, factors: Factors | None = None
+    ) -> Tensor:
         """[B,T] ids -> final normalised hidden states [B,T,D].
 
         With tail only the last rows [B,tail,D]: the last block needs the others as keys and values,
-        but not their queries, output and MLP.
+        but not their queries, output and MLP. With factors each sequence has its own matrices.
         """
         c, T, L = self.c, ids.size(1), self.c.num_layers
         x = x0 = self.embed(ids)
@@ -2654,6 +2717,8 @@ class GPT(nn.Module):
                 scale = self.ve_layer_scales[c.ve_layers.index(i)]
                 value_extra = extra * scale.to(self.dtype)
             w = LayerWeights(qo[i], qo[L + i], kv[i], kv[L + i], up[i], down[i])
+            if factors is not None and i in factors:
+                w = LayerWeights(*map(Adapted, w, *zip(*factors[i], strict=True)))
             again = place.again if c.recur_style == "own" else 0
             rows = tail if tail and n == len(plan) else T
             visit = Visit(x0, rope, value_extra, v_first, again, rows, mask)
@@ -2739,7 +2804,11 @@ def misfit(own: Shapes, there: Shapes) -> str:
 
 
 def kinds_of_misfit(own: Shapes, there: Shapes) -> set[tuple[str, str]]:
-    """(name, what of it differs) of misfits: with no prefix of a checkpoint's, any layer as one."""
+    """(name, what of it differs) of misfits.
+
+    Numbers in names become @, and what a checkpoint puts before a parameter's name is taken away,
+    so that a setting leaves the same traces in every layer, average and momentum.
+    """
     found = set()
     for name in misfits(own, there):
         a, b = own.get(name, ()), there.get(name, ())
@@ -2756,8 +2825,8 @@ def kinds_of_misfit(own: Shapes, there: Shapes) -> set[tuple[str, str]]:
 def settings_behind(c: Config, own: Shapes, there: Shapes) -> str:
     """The settings that shapes of another model point to, found by trying other values of each.
 
-    Own shapes are those of c. Of settings that explain as much, the one is taken that moves least
-    of what fits.
+    Own shapes are those of c. The setting is taken that explains most, then the one that explains
+    most of the rest, and so on; of equals, the one that moves least of what fits.
     """
     base, moved = model_shapes(c), {}
     for s in (SETTINGS[name] for name in MODEL_SETTINGS):
@@ -2806,7 +2875,7 @@ def copy_what_both_have(
     """
     both = own.keys() & state.keys()
     if not both:
-        raise BadInput(f"{where}: has no tensor of this model; give a checkpoint of such a one.")
+        raise BadInput(f"{where}: has no tensor of this model; give a checkpoint of one like it.")
     copy_tensors(c, {n: own[n] for n in both}, {n: state[n] for n in both}, where)
     return both
 
@@ -2877,6 +2946,11 @@ def put_back(params: Iterable[Tensor]) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
+def matrices(p: Tensor) -> Tensor:
+    """A bank as it is, and a matrix as a bank of one."""
+    return p if p.ndim == 3 else p[None]
+
+
 class Optimizer:
     """The same update on each rank from the gradients of all."""
 
@@ -2884,7 +2958,10 @@ class Optimizer:
         self.c, self.ranks, self.model = c, ranks, model
         groups: dict[str, list[Tensor]] = {"muon": [], "embed": [], "head": [], "scalar": []}
         for name, p in model.named_parameters():
-            groups[parameter_rule(matrix_names(name, c.num_layers)[0]).group].append(p)
+            group = parameter_rule(matrix_names(name, c.num_layers)[0]).group
+            if group == "proj":
+                group = "muon" if c.muon_projections else "scalar"
+            groups[group].append(p)
         # the largest reduction starts first
         self.banks = sorted(groups.pop("muon"), key=lambda p: -p.numel())
         embed_rate = c.tied_embed_lr if c.tie_embeddings else c.embed_lr
@@ -2908,9 +2985,9 @@ class Optimizer:
                 "exp_avg_sq": torch.zeros_like(p),
             }
         # matrices of each bank on a rank
-        self.share_sizes = [math.ceil(len(p) / ranks.world) for p in self.banks]
+        self.share_sizes = [math.ceil(len(matrices(p)) / ranks.world) for p in self.banks]
         self.momentum = [
-            torch.zeros(n, *p.shape[1:], device=p.device)
+            torch.zeros(n, *p.shape[-2:], device=p.device)
             for n, p in zip(self.share_sizes, self.banks, strict=True)
         ]
 
@@ -2928,7 +3005,7 @@ class Optimizer:
         banks, small = (
             [p.grad for p in params if p.grad is not None] for params in (self.banks, self.small)
         )
-        return banks, small
+        return [matrices(g) for g in banks], small
 
     def reduce(self, loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """(this rank's shares of the banks' mean gradients, the small parameters' mean gradients).
@@ -3003,9 +3080,10 @@ class Optimizer:
             if work:
                 work.wait()
             rate = lr_factor * c.matrix_lr
-            p.mul_(1 - rate * c.muon_wd)
+            bank = matrices(p)
+            bank.mul_(1 - rate * c.muon_wd)
             # tall matrices, whose singular values are as many as their columns, move further
-            p.add_(update[: len(p)], alpha=-rate * math.sqrt(max(1, p.size(1) / p.size(2))))
+            bank.add_(update[: len(bank)], alpha=-rate * math.sqrt(max(1, p.size(-2) / p.size(-1))))
         return norm
 
     def state(self, names: Mapping[Any, str]) -> dict[str, Tensor]:
@@ -3015,7 +3093,7 @@ class Optimizer:
         for p, (work, bank) in zip(self.banks, whole, strict=True):
             if work:
                 work.wait()
-            found[f"momentum.{names[p]}"] = bank[: len(p)]
+            found[f"momentum.{names[p]}"] = bank[: len(matrices(p))]
         for p in self.small:
             found |= {f"{key}.{names[p]}": t for key, t in self.adam.state[p].items()}
         return found
@@ -3270,7 +3348,7 @@ def spacing(rows: Tensor, columns: Tensor, step_size: float) -> Tensor:
     return by_row[..., None] * torch.exp2(columns / 4)[..., None, :]
 
 
-def bytes_beside(state: Mapping[str, Tensor], kinds: Mapping[str, str]) -> float:
+def bytes_beside_levels(state: Mapping[str, Tensor], kinds: Mapping[str, str]) -> float:
     """Bytes of an artifact but for its levels, about: steps of matrices, and plain tensors."""
     sizes = {"fp16": 2, "fp32": 4}
     return sum(
@@ -3462,7 +3540,7 @@ class Quantizer:
     def estimate(self, step_size: float) -> float:
         """Bytes of the artifact by the entropy of 64 rows of each matrix."""
         levels = entropy_bytes(self.census(self.quantise(step_size, thin=True))[0])
-        return levels + bytes_beside(self.state, self.kinds)
+        return levels + bytes_beside_levels(self.state, self.kinds)
 
     def search(self, cap: float) -> float:
         """The finest step size if estimate() is under cap there, else that at which it just is."""
@@ -3476,6 +3554,17 @@ class Quantizer:
             else:
                 low = middle
         return self.finest * 2.0**high
+
+    def refuse_large(self) -> None:
+        """Raises Fault for a weight that could not be read back: of fp16, or of infinite steps."""
+        most = {"fp16": FP16_MAX, "fp32": torch.finfo(torch.float).max}
+        for name, t in self.state.items():
+            largest = t.abs().max().item()
+            if not largest <= most.get(self.kinds[name], 2.0**64):  # nor NaN
+                raise Fault(
+                    f"{name}: has a weight of {largest:.3g}, too large for an artifact; train with"
+                    " lower rates, or export an earlier checkpoint (LOAD_CHECKPOINT)."
+                )
 
     def fit(self, cap: int) -> tuple[bytes, dict[str, Any]]:
         """(artifact of at most cap bytes, its figures).
@@ -3683,7 +3772,7 @@ def bytes_for_weights(c: Config) -> int:
     return c.artifact_bytes - code_bytes()
 
 
-def refuse_cap(c: Config, model: GPT) -> None:
+def refuse_small_cap(c: Config, model: GPT) -> None:
     """Raises BadInput for an ARTIFACT_BYTES that no steps could meet, however wide.
 
     There all levels are 0, but GPTQ-lite's int8 ones, which it does not widen: a byte each.
@@ -3691,7 +3780,7 @@ def refuse_cap(c: Config, model: GPT) -> None:
     kind_of = GptqLite.level_kind if c.quant == "gptq_lite" else RateDistortion.level_kind
     state = split_banks(model.state_dict(), c.num_layers)
     kinds = {name: kind_of(c, export_kind(c, name)) for name in state}
-    least = bytes_beside(state, kinds)
+    least = bytes_beside_levels(state, kinds)
     if c.quant == "gptq_lite":
         least += sum(t.numel() for name, t in state.items() if kinds[name] == "int8")
     if bytes_for_weights(c) < least:
@@ -3952,6 +4041,7 @@ def export(c: Config, run: Run, model: GPT, calibration: Calibration | None) -> 
         # in an artifact RECUR_START=0 says that recurrence was on, another that it never came to it
         trained = dataclasses.replace(c, recur_start=0) if model.recurring else c
         quantizer = make_quantizer(trained, model.state_dict(), calibration)
+        quantizer.refuse_large()
         blob, figures = quantizer.fit(bytes_for_weights(c))
         seconds = perf_counter() - began
         write_file(path, [blob], run.log.remedy())
@@ -4102,8 +4192,8 @@ class Observer:
     Targets are named by their index in the stream, windows by their number in the pass.
     """
 
-    def scoring(self, starts: np.ndarray, firsts: np.ndarray) -> None:
-        """Windows with these starts and first scored rows are scored next, in this order."""
+    def scoring(self, starts: np.ndarray, firsts: np.ndarray, ends: np.ndarray) -> None:
+        """Windows with these starts, first scored rows and ends are scored next, in this order."""
 
     def learned(self, begin: int, end: int) -> None:
         """What is scored from now on may depend on targets begin to end."""
@@ -4656,22 +4746,22 @@ class ChunkTrainer:
                     self.frozen.append(gradient)
 
     def live_tensors(self) -> dict[str, Tensor]:
-        """What training changes, by name: parameters, and the optimiser's state, made if need be.
-
-        A step of rate 0 without gradients makes it; then it is put to zero, as it begins.
-        """
+        """What training changes, by name: parameters and the optimiser's state, made if need be."""
         if not self.optimizer.state:
-            self.optimizer.param_groups[0]["lr"] = 0.0
-            self.optimizer.step()
-            for state in self.optimizer.state.values():
-                for tensor in state.values():
-                    if isinstance(tensor, Tensor):
-                        tensor.zero_()
+            self.make_state()
         live: dict[str, Tensor] = dict(self.params)
         for name, p in self.params.items():
             state = self.optimizer.state[p]
-            live |= {f"{key}.{name}": t for key, t in state.items() if isinstance(t, Tensor)}
+            live |= {f"{key}.{name}": t for key, t in state.items() if torch.is_tensor(t)}
         return live
+
+    def make_state(self) -> None:
+        """Make the optimiser's state, which is zero at first: a step of rate 0 makes it."""
+        self.optimizer.param_groups[0]["lr"] = 0.0
+        self.optimizer.step()
+        for state in self.optimizer.state.values():
+            for tensor in filter(torch.is_tensor, state.values()):
+                tensor.zero_()
 
     def train(self, tokens: Tensor, begin: int, end: int, *, rate: float, epochs: int) -> None:
         """Passes over targets begin to end of the stream, in sequences of EVAL_SEQ_LEN.
@@ -4931,8 +5021,8 @@ def score_batch(work: Pass, windows: slice) -> list[Any]:
     """Score some windows of a pass into its array; moments [methods + 1] around the methods."""
     c, ranks = work.c, work.ranks
     starts, firsts = work.starts[windows], work.firsts[windows]
-    work.observer.scoring(starts, firsts)
     T = c.eval_seq_len
+    work.observer.scoring(starts, firsts, starts + T)
     n = len(starts)
     tail = c.eval_stride  # rows that are looked at: more in the first window, or for some methods
     if any(method.all_rows for method in work.methods) or firsts.min(initial=T) < T - tail:
@@ -4999,6 +5089,9 @@ def score(
     It has the first job's windows and TTT, which changes the weights. With a checkpoint it can be
     stopped and resumed. Raises Fault unless each target was scored once (C4).
     """
+    if EVALUATORS[jobs[0][0]].ttt and jobs[0][1].ttt_params == "lora":
+        alone = DocumentPass(jobs[0][1], run.ranks, model, val, observer)
+        return alone.score(run, watch or Stopwatch(run.ranks, 1), checkpoint)
     work = Pass(run, model, val, jobs, observer)
     names = "+".join(dict.fromkeys(name for name, _ in jobs))
     ranks, out = work.ranks, work.out
@@ -5032,13 +5125,217 @@ def score(
             if resumed < end:
                 work.train(chunk)
     ranks.sum(out)
-    wrong = int((out[-1] != 1).sum())
-    if wrong:
-        raise Fault(f"{names}: {wrong} of {val.n} targets were not scored exactly once")
+    check_times_scored(names, out[-1])
     spent = watch.by_method()  # waits for the device: before the pass's own time is read
     total = watch.elapsed()
     # a job's seconds leave out what only the other jobs of the pass did
     return [(out[k], total - spent.sum() + spent[k]) for k in range(len(jobs))]
+
+
+def check_times_scored(names: str, times: Tensor) -> None:
+    """Raises Fault unless each target was scored once (C4)."""
+    wrong = int((times != 1).sum())
+    if wrong:
+        raise Fault(f"{names}: {wrong} of {len(times)} targets were not scored exactly once")
+
+
+# TTT_PARAMS=lora (#1530, #1767): each document has W + b a in place of a matrix W [out,in] of the
+# banks, with its own a [r,in], which begins random, and b [out,r], which begins as zero. A document
+# is cut into chunks; each is scored, then a and b take steps on it. Documents know nothing of each
+# other, so their order changes nothing: those of about the same length share a batch. A chunk's
+# window reaches back from where a whole chunk would end: were it moved back to end with the
+# document, how much context its targets have would tell where that is. With TTT_PHASES the stream's
+# documents are done part by part, and between parts W itself learns from the part that was scored.
+
+
+def document_starts(val: ValData) -> np.ndarray:
+    """First target of each document of the stream; the BOS after a document is its last target."""
+    begins = np.flatnonzero(val.tokens[: val.n].cpu().numpy() == DOCUMENT_START)
+    return np.union1d([0], begins)
+
+
+class DocumentFactors:
+    """Factors of a batch of documents, each a row of one tensor [docs,numbers], and their steps."""
+
+    def __init__(self, c: Config, ranks: Ranks, model: GPT) -> None:
+        self.c, self.dtype = c, model.dtype
+        L, r = c.num_layers, c.ttt_lora_rank
+        qo, kv, up, down = (getattr(model, bank) for bank in BANKS)
+        self.layers = range(c.ttt_freeze_blocks, L)
+        self.shapes: list[tuple[int, ...]] = []  # of a, b, a, b ... of each layer's matrices
+        first = []
+        g = torch.Generator().manual_seed(c.seed)
+        for i in self.layers:
+            # in the order of LayerWeights
+            for matrix in (qo[i], qo[L + i], kv[i], kv[L + i], up[i], down[i]):
+                outs, ins = matrix.shape
+                self.shapes += [(r, ins), (outs, r)]
+                a = torch.randn(r, ins, generator=g) / math.sqrt(ins)
+                first += [a.flatten(), torch.zeros(outs * r)]
+        self.first = torch.cat(first or [torch.zeros(0)]).to(ranks.device)
+        self.learn = bool(first) and c.ttt_epochs > 0
+        self.begin(0)
+
+    def begin(self, documents: int) -> None:
+        """Factors of new documents."""
+        self.rows = nn.Parameter(self.first.expand(documents, -1).clone())
+        self.optimizer = ttt_optimizer(self.c)([self.rows])
+        self.optimizer.param_groups[0]["lr"] = self.c.ttt_lr
+
+    def of_first(self, documents: int) -> Factors:
+        """Factors of the batch's first documents, by layer, b times TTT_LORA_ALPHA / rank."""
+        scale = self.c.ttt_lora_alpha / self.c.ttt_lora_rank
+        sizes = [math.prod(shape) for shape in self.shapes]
+        parts = self.rows[:documents].to(self.dtype).split(sizes, 1)
+        tensors = [part.unflatten(1, s) for part, s in zip(parts, self.shapes, strict=True)]
+        pairs = [(a, b * scale) for a, b in zip(tensors[::2], tensors[1::2], strict=True)]
+        n = len(LayerWeights._fields)
+        return {i: pairs[n * k : n * (k + 1)] for k, i in enumerate(self.layers)}
+
+    def step(self, losses: Tensor) -> None:
+        """A step on the losses [n] of the batch's first documents, each with its own clipping."""
+        (grad,) = torch.autograd.grad(losses.sum(), self.rows)
+        if self.c.ttt_grad_clip:
+            norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
+            grad.mul_((self.c.ttt_grad_clip / (norm + 1e-6)).clamp(max=1))
+        self.rows.grad = grad
+        with torch.no_grad():
+            self.rows.mul_(1 - self.c.ttt_lr * self.c.ttt_lora_wd)
+        self.optimizer.step()
+
+
+class DocumentPass:
+    """A pass over the stream, document by document, each with factors of its own."""
+
+    def __init__(
+        self, c: Config, ranks: Ranks, model: GPT, val: ValData, observer: Observer
+    ) -> None:
+        self.c, self.ranks, self.model, self.val, self.observer = c, ranks, model, val, observer
+        self.starts = document_starts(val)
+        self.ends = np.append(self.starts[1:], val.n)
+        self.chunks = -(-(self.ends - self.starts) // c.ttt_lora_chunk)
+        # by where they start: equal numbers of documents would tell how many are still to come
+        part_of = self.starts * c.ttt_phases // val.n
+        parts = [np.flatnonzero(part_of == part) for part in range(c.ttt_phases)]
+        self.phases = [self.by_length(part) for part in parts if len(part)]
+        self.batches = list(chain(*self.phases))
+        self.out = torch.zeros(2, val.n, device=ranks.device)  # nats, and how often it was scored
+        self.factors = DocumentFactors(c, ranks, model)
+        self.trainer: ChunkTrainer | None = None
+        if c.ttt_phases > 1:
+            sgd = functools.partial(torch.optim.SGD, momentum=c.ttt_momentum)
+            self.trainer = ChunkTrainer(c, ranks, model, sgd, c.ttt_freeze_blocks)
+        model.requires_grad_(False)
+
+    def by_length(self, documents: np.ndarray) -> list[np.ndarray]:
+        """Batches of these documents, those with the most chunks first."""
+        c = self.c
+        limit = 98304 if self.ranks.cuda else CPU_TOKENS
+        order = documents[np.argsort(-self.chunks[documents], kind="stable")]
+        batches = []
+        while len(order):
+            window = min(c.eval_seq_len, int(self.chunks[order[0]]) * c.ttt_lora_chunk)
+            # factors and an optimiser's state take what activations of three tokens a rank do
+            size = max(1, limit // (window + 3 * c.ttt_lora_rank))
+            batches.append(order[:size])
+            order = order[size:]
+        return batches
+
+    def score(
+        self, run: Run, watch: Stopwatch, checkpoint: PassCheckpoint | None
+    ) -> list[tuple[Tensor, float]]:
+        """[(nats [N] fp32, seconds)], as score() gives it."""
+        n, world = len(self.batches), self.ranks.world
+        live = self.trainer.live_tensors() if self.trainer else {}
+        # a checkpoint has the nats of all the stream: batches are not in its order
+        before = np.full(n, self.val.n)
+        resumed = checkpoint.resume(self.out, before, live, watch) if checkpoint else 0
+        shown_at = perf_counter()
+        end = 0
+        for batches in self.phases:
+            begin, end = end, end + len(batches)
+            for b in range(max(begin, resumed), end, world):
+                if checkpoint:
+                    checkpoint.mark(b, self.out, live, watch)
+                if b + self.ranks.rank < end:
+                    self.score_batch(self.batches[b + self.ranks.rank])
+                if perf_counter() - shown_at > 2:
+                    shown_at = perf_counter()
+                    done = min(b + world, end)
+                    run.log.line(
+                        f"progress:ttt window:{sum(map(len, self.batches[:done]))}"
+                        f"/{len(self.starts)} chunk:{done}/{n} seconds:{watch.elapsed():.1f}"
+                    )
+            if resumed < end < n:
+                self.train(np.concatenate(batches))
+        self.ranks.sum(self.out)
+        check_times_scored("ttt", self.out[-1])
+        self.ranks.synchronize()
+        return [(self.out[0], watch.elapsed())]
+
+    @CONSOLE.doing("test-time training")
+    def train(self, documents: np.ndarray) -> None:
+        """Let all weights learn from scored documents that follow each other in the stream."""
+        c = self.c
+        begin, end = int(self.starts[documents.min()]), int(self.ends[documents.max()])
+        if self.trainer and end >= c.eval_seq_len:  # its sequences are that long
+            self.observer.learned(begin, end)
+            self.model.requires_grad_(True)
+            with torch.enable_grad():
+                self.trainer.train(self.val.tokens, begin, end, rate=c.ttt_phase_lr, epochs=1)
+            self.model.requires_grad_(False)
+
+    def score_batch(self, documents: np.ndarray) -> None:
+        """Score a batch, chunk by chunk, and let the factors learn from each."""
+        self.factors.begin(len(documents))
+        chunks = self.chunks[documents]
+        for k in range(chunks[0]):
+            self.score_chunk(documents[chunks > k], k, goes_on=int((chunks > k + 1).sum()))
+
+    def score_chunk(self, documents: np.ndarray, k: int, *, goes_on: int) -> None:
+        """Score chunk k of documents [n], and let those learn that go on, which come first."""
+        c = self.c
+        size = c.ttt_lora_chunk
+        length = min((k + 1) * size, c.eval_seq_len)
+        begins, ends = self.starts[documents] + k * size, self.ends[documents]
+        origins = begins + size - length
+        at = origins[:, None] + np.arange(length)
+        inside = at < ends[:, None]  # what comes after is padding
+        ids = self.take(at, inside)
+        targets = self.take(at[:, -size:] + 1, inside[:, -size:])
+        stops = np.minimum(begins + size, ends)
+        self.observer.scoring(origins, begins - origins, stops)
+        learns = self.factors.learn and goes_on > 0
+        with torch.set_grad_enabled(learns):
+            nats = self.nats(ids, targets)
+        places = self.ranks.put(at[:, -size:][inside[:, -size:]])
+        self.out[0, places] = nats.detach()[self.ranks.put(inside[:, -size:])]
+        self.out[1].index_add_(0, places, torch.ones_like(self.out[1, places]))
+        if not learns:
+            return
+        for begin, stop in zip(begins[:goes_on], stops[:goes_on], strict=True):
+            self.observer.learned(int(begin), int(stop))
+        with torch.enable_grad():
+            for epoch in range(c.ttt_epochs):
+                if epoch:  # the first learns from the forward that scored
+                    nats = self.nats(ids[:goes_on], targets[:goes_on])
+                self.factors.step(nats[:goes_on].mean(1))
+
+    def take(self, at: np.ndarray, inside: np.ndarray) -> Tensor:
+        """Tokens at these indices of the stream, 0 where the mask says that they are padding."""
+        return self.val.tokens[self.ranks.put(np.where(inside, at, 0))] * self.ranks.put(inside)
+
+    def nats(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Nats [n,TTT_LORA_CHUNK] at the windows' ends, with the documents' factors.
+
+        Of padding too: a head with few rows rounds otherwise, which would tell where documents end.
+        """
+        factors = self.factors.of_first(len(ids))
+        # the class's: the instance's is compiled for two shapes, and these are many
+        h = GPT.hidden(self.model, ids, targets.size(1), factors)
+        z = self.model.cap(self.model.project(h))
+        nats = F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none")
+        return nats.view_as(targets)
 
 
 def mean_and_bpb(val: ValData, nats: Tensor, label: str) -> tuple[float, float]:
@@ -5063,40 +5360,56 @@ def evaluate(
     a restart is not done again.
     """
     passes: dict[tuple[bool, bool, bool], list[str]] = {}
-    mix = [label for label in labels if EVALUATORS[label].mixes]
-    to_mix: dict[str, Tensor] = {}
     for label in labels:
-        if label not in mix:
+        if not EVALUATORS[label].mixes:
             passes.setdefault(pass_of(label), []).append(label)
+    mix = "mix" in labels and f"final_{weights}_mix" not in run.log.rows
+    nats: dict[str, Tensor] = {}
     for group in passes.values():
-        missing = [label for label in group if f"final_{weights}_{label}" not in run.log.rows]
-        if mix and not missing:
-            to_mix |= kept_nats(run, val, weights, group)
-        if not missing and (not mix or to_mix.keys() >= {*group}):
-            continue
-        name = f"{weights}_{'+'.join(group)}"
-        checkpoint = PassCheckpoint(c, run, f"progress_{name}")
-        with put_back(model.parameters()):
-            jobs = [(label, c) for label in group]
-            watch = Stopwatch(run.ranks, len(jobs))
-            results = score(run, model, val, jobs, watch=watch, checkpoint=checkpoint)
-            total = watch.elapsed()
-        figures: dict[str, Any] = {"eval_time": 1000 * total}
-        if watch.compiling:
-            figures["compile_time"] = 1000 * watch.compiling
-        run.log.metric(f"pass_{name}", **figures)
-        for label, (nats, seconds) in zip(group, results, strict=True):
-            if mix:
-                to_mix[label] = nats
-                run.store.save(f"scored_{weights}_{label}", 0, {"nats": nats})
-            if label in missing:
-                log_result(c, run, val, weights, label, nats=nats, seconds=seconds)
-        run.store.wait()
-        remove_files(run, "progress_*")
-    for label in mix:
-        if f"final_{weights}_{label}" not in run.log.rows:
-            log_mixture(c, run, val, weights, label, to_mix)
+        done = all(f"final_{weights}_{label}" in run.log.rows for label in group)
+        if mix and done:
+            nats |= kept_nats(run, val, weights, group)
+            done = nats.keys() >= {*group}
+        if not done:
+            nats |= evaluate_pass(c, run, model, val, weights, labels=group, keep=mix)
+            remove_files(run, "progress_*")
+    if mix:
+        log_mixture(c, run, val, weights, nats)
     remove_files(run, "scored_*")
+
+
+def evaluate_pass(
+    c: Config,
+    run: Run,
+    model: GPT,
+    val: ValData,
+    weights: str,
+    *,
+    labels: Sequence[str],
+    keep: bool,
+) -> dict[str, Tensor]:
+    """Nats [N] by evaluator of those that share a pass, with a result line for each.
+
+    keep: save them, for a mixture that may come after a restart.
+    """
+    name = f"{weights}_{'+'.join(labels)}"
+    checkpoint = PassCheckpoint(c, run, f"progress_{name}")
+    with put_back(model.parameters()):
+        jobs = [(label, c) for label in labels]
+        watch = Stopwatch(run.ranks, len(jobs))
+        results = score(run, model, val, jobs, watch=watch, checkpoint=checkpoint)
+        total = watch.elapsed()
+    figures: dict[str, Any] = {"eval_time": 1000 * total}
+    if watch.compiling:
+        figures["compile_time"] = 1000 * watch.compiling
+    run.log.metric(f"pass_{name}", **figures)
+    for label, (nats, seconds) in zip(labels, results, strict=True):
+        if f"final_{weights}_{label}" not in run.log.rows:
+            log_result(c, run, val, weights, label, nats=nats, seconds=seconds)
+        if keep:
+            run.store.save(f"scored_{weights}_{label}", 0, {"nats": nats})
+    run.store.wait()
+    return {label: nats for label, (nats, _) in zip(labels, results, strict=True)}
 
 
 def remove_files(run: Run, kind: str) -> None:
@@ -5108,33 +5421,31 @@ def remove_files(run: Run, kind: str) -> None:
 
 def kept_nats(run: Run, val: ValData, weights: str, labels: Sequence[str]) -> dict[str, Tensor]:
     """Nats [N] of evaluators that were done before a restart, of those whose file is whole."""
+    check = functools.partial(check_nats, n=val.n)
+    there = {label: run.store.restore(f"scored_{weights}_{label}", check) for label in labels}
+    return {label: tensors["nats"] for label, tensors in there.items() if tensors}
 
-    def check(there: Mapping[str, Tensor]) -> None:
-        if {name: t.shape for name, t in there.items()} != {"nats": (val.n,)}:
-            raise ValueError("it has no nats of this stream")
 
-    found = {}
-    for label in labels:
-        there = run.store.restore(f"scored_{weights}_{label}", check)
-        if there:
-            found[label] = there["nats"]
-    return found
+def check_nats(there: Mapping[str, Tensor], n: int) -> None:
+    """Raises ValueError unless a file has the nats [n] of a stream."""
+    if {name: tensor.shape for name, tensor in there.items()} != {"nats": (n,)}:
+        raise ValueError("it has no nats of this stream")
 
 
 def log_mixture(
-    c: Config, run: Run, val: ValData, weights: str, label: str, nats: Mapping[str, Tensor]
+    c: Config, run: Run, val: ValData, weights: str, nats: Mapping[str, Tensor]
 ) -> None:
     """Log the result line of a mixture of evaluators; its time is theirs and its own."""
     began = perf_counter()
     names = experts(c)
     mixed, mean = mixture(c, torch.stack([nats[name].cpu() for name in names]))
     parts = " ".join(f"{name}:{weight:.4f}" for name, weight in zip(names, mean, strict=True))
-    run.log.line(f"{label}: mean weights {parts}")
+    run.log.line(f"mix: mean weights {parts}")
     seconds = perf_counter() - began
-    run.log.metric(f"pass_{weights}_{label}", eval_time=1000 * seconds)
+    run.log.metric(f"pass_{weights}_mix", eval_time=1000 * seconds)
     passes = [row for n, row in run.log.rows.items() if n.startswith(f"pass_{weights}_")]
     seconds = sum(row["eval_time"] for row in passes) / 1000
-    log_result(c, run, val, weights, label, nats=mixed, seconds=seconds)
+    log_result(c, run, val, weights, "mix", nats=mixed, seconds=seconds)
 
 
 def pass_of(label: str) -> tuple[bool, bool, bool]:
@@ -5394,32 +5705,35 @@ class TrainingState:
         without_grid = {name: tensor for name, tensor in own.items() if name not in grid}
         where = f"LOAD_CHECKPOINT={self.c.load_checkpoint}"
         both = copy_what_both_have(self.c, without_grid, there, where)
-        own["counters"][[2, 4]] = 0.0  # QAT is off, and there is time to go on
+        counters = own["counters"]
+        counters[2] = 0.0  # late QAT is off
+        counters[4] = 0.0  # the time is not up
         averages = tuple(f"{kind}." for kind in self.averages.kept)
         new = own.keys() - both - grid
         for name in new:
             if name.startswith(averages):
                 own[name].copy_(own[name.partition(".")[2]])
         if not any(name.startswith("swa.") for name in both):
-            own["counters"][3] = 0.0
+            counters[3] = 0.0  # no snapshots
         line = f"LOAD_CHECKPOINT: step {there['counters'][0]:.0f}"
         for words, names in (("begin anew", new), ("left out", there.keys() - own.keys() - grid)):
             if names:
-                line += f"; {words}: {' '.join(names_of_state(names))}"
+                line += f"; {words}: {names_of_state(names)}"
         return line
 
 
-def names_of_state(names: Iterable[str]) -> list[str]:
+def names_of_state(names: Iterable[str], most: int = 20) -> str:
     """Averages and parameters that names of a checkpoint's tensors belong to; not the optimiser's.
 
-    An average is named once, not for each parameter.
+    An average is named once, not for each parameter. Of many the first are named.
     """
     found = set()
     for name in names:
         kind = name.partition(".")[0].rstrip("0123456789")
         if kind not in ("momentum", "step", "exp_avg", "exp_avg_sq"):
             found.add(kind if kind in ("ema", "swa", "lawa") else name)
-    return sorted(found)
+    told = sorted(found)[:most]
+    return " ".join(told) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def check_counters(tensors: Mapping[str, Tensor], last: int = MAX_INT) -> None:
@@ -5637,13 +5951,14 @@ def run_all(c: Config) -> None:
         )
     name, attend, note = choose_attention(c.attention, ranks)
     val = ValData(c, ranks)
+    refuse_phases(c, val)
     data = None
     if state is None:
         data = TrainData(c, ranks)
         refuse_validation_text(c, data, val)
     model = GPT(c, ranks.dtype, attend)
     if state is None:
-        refuse_cap(c, model)
+        refuse_small_cap(c, model)
         refuse_checkpoint(c, model)
     else:
         load_state(model, state, f"LOAD_ARTIFACT={c.load_artifact}")
@@ -5717,7 +6032,10 @@ def warn_of_scores(c: Config, run: Run) -> None:
 
 
 def refuse_checkpoint(c: Config, model: GPT | None = None) -> None:
-    """Raises BadInput for a LOAD_CHECKPOINT that is none, past ITERATIONS, or of another model."""
+    """Raises BadInput for a LOAD_CHECKPOINT that is none, past ITERATIONS, or of another model.
+
+    Without a model, before the data are read, for what can be said so early.
+    """
     loaded = read_checkpoint(c.load_checkpoint)
     if not loaded:
         return
@@ -5740,6 +6058,15 @@ def refuse_experts(c: Config) -> None:
                     f"EVALS={shown(c.evals)}: {label} breaks {broken_conditions(c, label)}; a"
                     " mixture takes causal evaluators alone. Leave it out, or set SLOT_LOSS=past."
                 )
+
+
+def refuse_phases(c: Config, val: ValData) -> None:
+    """Raises BadInput for more phases than documents."""
+    documents = len(document_starts(val)) if c.ttt_phases > 1 else 1
+    if c.ttt_phases > documents:
+        raise BadInput(
+            f"TTT_PHASES={c.ttt_phases}: at most {documents}, the validation split's documents."
+        )
 
 
 def window_hashes(tokens: np.ndarray) -> np.ndarray:

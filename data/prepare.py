@@ -3,7 +3,7 @@
     python data/prepare.py demo                         Python's own standard library as text; no network, some seconds
     python data/prepare.py fineweb --train-shards 1     the challenge's shards and tokenizer, from the Hugging Face hub
     python data/prepare.py fineweb --variant sp8192 --repo OWNER/NAME      the same text with another vocabulary
-    python data/prepare.py text FILES... --name mine    your own .txt, .jsonl or .jsonl.zst files
+    python data/prepare.py text FILES... --name mine    your own .txt, .py, .jsonl or .jsonl.zst files
 
 Shards go to data/datasets/NAME/fineweb_{train,val}_%06d.bin, tokenizers to data/tokenizers/. A file has its name only when
 it is whole, so a command can be stopped at any time; started again, it continues. Exit status: 0 done, 2 bad input or no
@@ -55,7 +55,7 @@ SAMPLE_BYTES, BLOCK, PART = (
     2000,
     2**20,
 )  # bytes a tokenizer learns from; characters of its sentences, of an encoding
-SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
+SUFFIXES = (".txt", ".py", ".jsonl", ".jsonl.zst")
 COUNTS = ("documents", "tokens", "bytes", "changed", "dropped")  # of a shard, in prepare.json
 
 
@@ -432,11 +432,11 @@ def open_lines(path):
 
 
 def read_documents(files):
-    """Yields the non-empty documents: a .txt file each, or a .jsonl line each: a string, or an object with `text`."""
+    """Yields the non-empty documents: a .txt or .py file each, or a .jsonl line each: a string, or an object with `text`."""
     for path in files:
         number = 0
         try:
-            if path.suffix == ".txt":
+            if path.suffix in (".txt", ".py"):
                 yield from filter(None, [path.read_bytes().decode()])
                 continue
             with open_lines(path) as lines:

@@ -93,6 +93,7 @@ VALUES = dict(
     MUON_BACKEND_STEPS=(1, 10),
     NEWTON_SCHULZ=("polar_express",),
     MUON_ROW_NORM=(1,),
+    MUON_PROJECTIONS=(1,),
     MUON_WD=(0, 0.5),
     ADAM_WD=(0, 0.5),
     EMBED_WD=(-1, 0, 0.5),
@@ -125,8 +126,14 @@ VALUES = dict(
     TTT_MOMENTUM=(0,),
     TTT_BATCH_SEQS=(1, 3),
     TTT_GRAD_CLIP=(0, 0.01),
-    TTT_PARAMS=("control",),
+    TTT_PARAMS=("control", "lora"),
     TTT_OPTIMIZER=("adamw", "rmsprop"),
+    TTT_LORA_RANK=(1, 16),
+    TTT_LORA_ALPHA=(0, 1),
+    TTT_LORA_WD=(0, 10),
+    TTT_LORA_CHUNK=(8, 32),
+    TTT_PHASES=(2,),
+    TTT_PHASE_LR=(0, 0.1),
     SLOT_ENABLED=(0,),
     SLOT_DELTA=("window",),
     SLOT_BIAS=(1,),
@@ -426,6 +433,7 @@ def main():
         "--continuations", action="store_true", help="compare with runs from scratch"
     )
     args = parser.parse_args()
+    print(f"$ python {' '.join(sys.argv)}", flush=True)
     torch.set_num_threads(1)
     for name in set(t.SETTINGS) & set(os.environ):
         del os.environ[name]

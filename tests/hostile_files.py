@@ -789,6 +789,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, help="load this file alone")
     args = parser.parse_args(argv)
+    print(f"$ python {' '.join(sys.argv)}", flush=True)
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="hostile"))
     kinds = all_kinds(MODEL, folder)

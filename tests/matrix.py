@@ -3,7 +3,7 @@
     python tests/matrix.py --compare    run all cases and list every figure that differs from tests/matrix.json (exit status 1)
     python tests/matrix.py --record     write tests/matrix.json anew: only with a commit that says which figures change, and why
 
-Every preset shrunk, each SLOT mode, CTW, TTT, the quantisers, late QAT, averages, recurrence, two ranks and a run that goes on
+Every preset shrunk, each SLOT mode, CTW, TTT, also with low-rank factors, the quantisers, late QAT, averages, recurrence, two ranks and a run that goes on
 after it was cut off. The data are made from a seeded generator, so they are the same on every machine. ARTIFACT_BYTES grows
 with the code, so that a longer script leaves the weights as many bytes as before.
 """
@@ -54,7 +54,7 @@ SMALL = dict(
 )
 # Settings of presets that a model of three layers cannot have.
 SHRUNK = {
-    "best": dict(RECUR_LAYERS="1,2", RECUR_START="6", PARALLEL_LAST_N="2"),
+    "best": dict(RECUR_LAYERS="1,2", RECUR_START="6", PARALLEL_START_LAYER="2"),
     "pr1488": dict(PREQUANT_TTT_EPOCHS="2"),
     "pr1278": dict(RECUR_LAYERS="1,2", RECUR_START="6"),
     "pr1435": dict(RECUR_LAYERS="1,2", RECUR_START="6", PARALLEL_START_LAYER="2"),
@@ -142,6 +142,15 @@ CASES = {
     "average_lawa": dict(AVERAGE="lawa", LAWA_ENABLED="1", LAWA_K="2", LAWA_FREQ="3", EVALS="none"),
     "freeze": dict(load="default", TTT_FREEZE_BLOCKS="2", TTT_BATCH_SEQS="2", EVALS="ttt"),
     "batch": dict(load="default", VAL_BATCH_SIZE="96", EVAL_STRIDE="5", EVALS="sliding_window,ttt"),
+    "lora": dict(
+        load="default",
+        SLOT_ENABLED="0",
+        TTT_PARAMS="lora",
+        TTT_LORA_CHUNK="16",
+        TTT_OPTIMIZER="adamw",
+        TTT_LR="0.01",
+        EVALS="ttt",
+    ),
     "ctw": dict(
         load="default",
         SLOT_ENABLED="0",

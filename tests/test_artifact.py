@@ -191,9 +191,31 @@ def test_the_coarsest_steps_are_finite_and_make_every_level_0_that_may_widen(qua
     assert all(torch.isfinite(x).all() for x in quantizer.rounded(coarsest).values())
 
 
+@pytest.mark.parametrize("quant", ["rd", "gptq", "gptq_lite"])
+@pytest.mark.parametrize(
+    "name, weight", [("bigram.proj.weight", 1e6), ("mlp_up_bank", 1e25), ("qo_bank", 1e36)]
+)
+def test_a_weight_too_large_for_an_artifact_is_a_fault_that_names_it(
+    name, weight, quant, tiny, monkeypatch
+):
+    """Of fp16, of levels, and of steps that would be infinite."""
+    real = t.evaluate
+
+    def evaluate(c, run, model, *args, **more):
+        real(c, run, model, *args, **more)
+        with torch.no_grad():
+            model.state_dict()[name].view(-1)[5] = weight
+
+    monkeypatch.setattr(t, "evaluate", evaluate)
+    part = re.escape(t.matrix_names(name, 3)[0])
+    with pytest.raises(t.Fault, match=rf"^{part}: has a weight of 1e\+\d\d, too large"):
+        tiny(EVALS="none", QUANT=quant, ITERATIONS="2")
+    assert not Path("logs/run0/final_model.ptz").exists()
+
+
 def test_artifact_that_cannot_fit_is_a_fault_that_keeps_the_weights(tiny, monkeypatch):
     """Not even where it was not foreseen."""
-    monkeypatch.setattr(t, "refuse_cap", lambda *_: None)
+    monkeypatch.setattr(t, "refuse_small_cap", lambda *_: None)
     with pytest.raises(t.Fault, match="ARTIFACT_BYTES=.*: code leaves 2000 bytes"):
         tiny(ARTIFACT_BYTES=str(t.code_bytes() + 2000), EVALS="none")
     header, tensors = t.unseal(bytearray(Path("logs/run0/checkpoint.000000012.ckpt").read_bytes()))

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 from conftest import ROOT, TINY, read_metrics, t
-from silence import listen
+from silence import COMMANDS, listen
 
 TALKATIVE = "import train_gpt as t; t.Console.PAUSE = {pause}; t.CONSOLE.start(); "
 
@@ -26,6 +26,12 @@ def test_the_listener_finds_the_longest_silence_and_the_line_before():
     assert 0.9 < heard.longest < heard.seconds
     silent = listen(["bash", "-c", "sleep 0.5"])
     assert silent.before == "its start" and silent.longest > 0.4
+
+
+def test_every_tool_is_listened_to():
+    said = " ".join(COMMANDS)
+    tools = [path for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text()]
+    assert len(tools) > 8 and not [p for p in tools if f"-m tools.{p.stem}" not in said]
 
 
 def test_one_long_call_is_no_silence():

@@ -218,6 +218,18 @@ def test_kills_and_the_cost_of_checkpoints_are_in_the_logs():
     assert float(share) < 3 and f"training time by {share} % over six pairs" in text
 
 
+def test_errors_of_frequent_tokens_cost_what_the_page_says():
+    log = (ROOT / "logs/best_demo/frequent.txt").read_text()
+    first, share, cost, step = re.search(
+        r"frequent:(\d+) of_text:(\S+) cost_ratio:(\S+) step_ratio:(\S+)", log
+    ).groups()
+    assert (
+        f"{float(cost):.1f} times as high in the embeddings of the {first} most frequent tokens,"
+        f" which are {100 * float(share):.0f} % of the text, as in the others, and their steps are"
+        f" {1 / float(step):.1f} times as fine"
+    ) in words("docs/lineage.md")
+
+
 def test_audits_of_the_demo_found_what_was_claimed():
     logs = {log.stem: log.read_text() for log in (ROOT / "logs/audits").glob("*.txt")}
     assert set(logs) == {"context", "past", "systems"}

@@ -1,10 +1,13 @@
 """Each folder of logs/ says what was asked, how it was run, by which version of the script, and what came out."""
 
+import contextlib
 import re
 import subprocess
 
 import pytest
 from conftest import ROOT
+
+from tools.logs import NoLog, read_logs
 
 SEPARATOR = "\n" + "=" * 100 + "\n"  # after the source that a log opens with
 
@@ -52,3 +55,10 @@ def test_the_commits_that_it_names_hold_the_scripts_that_wrote_the_logs(folder):
         source, separator, _ = log.read_text().partition(SEPARATOR)
         if separator and source not in scripts:
             assert "not committed" in told and f"`{log.stem}`" in told, log.name
+
+
+def test_a_board_of_all_evidence_knows_every_file():
+    """As a run, or as what else it is: what a command said opens with `$ `."""
+    for log in committed("logs/*/*.txt"):
+        with contextlib.suppress(NoLog):
+            read_logs(log)

@@ -38,7 +38,7 @@ FEATURES = {
     "gates": dict(LATE_QAT=0, GATED_ATTENTION=1, VALUE_RESIDUAL=1, PARALLEL_LAST_N=1),
     "documents": dict(LATE_QAT=0, DOCUMENTS="mask"),
     "untied": dict(LATE_QAT=0, TIE_EMBEDDINGS=0, EMBED_WD=0.1),
-    "muoneq": dict(LATE_QAT=0, MUON_ROW_NORM=1, NEWTON_SCHULZ="polar_express"),
+    "muoneq": dict(LATE_QAT=0, MUON_ROW_NORM=1, MUON_PROJECTIONS=1, NEWTON_SCHULZ="polar_express"),
 }
 METHODS = {
     "sliding_window": {},

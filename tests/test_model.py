@@ -307,7 +307,7 @@ def test_every_parameter_has_one_rule_and_its_initial_value():
         else:
             assert (p == (c.qk_gain_init if rule.init == "q_gain" else rule.value)).all()
         assert rule.export in ("int6", "int8", "fp16", "fp32")
-        assert rule.group in ("muon", "embed", "head", "scalar")
+        assert rule.group in ("muon", "embed", "head", "scalar", "proj")
     for unknown in ("blocks.0.attn.new_gate", "tok_emb.bias"):
         with pytest.raises(t.Fault, match="fits 0 rows"):
             t.parameter_rule(unknown)
@@ -320,6 +320,7 @@ def test_every_parameter_is_optimised_once_and_gets_a_gradient():
         dict(VALUE_RESIDUAL="1"),
         dict(RECUR_LAYERS="1", RECUR_STYLE="gated", RECUR_START="0"),
         dict(SKIP_GATES_ENABLED="1", PARALLEL_START_LAYER="2"),
+        dict(MUON_PROJECTIONS="1"),
         {},
     ):
         c = config(**changes)

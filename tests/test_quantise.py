@@ -367,6 +367,15 @@ def test_a_checkpoint_is_taken_in_as_far_as_it_fits(tiny):
     assert begun["final_artifact_roundtrip"]["val_loss"] < 5.95
 
 
+def test_of_many_names_that_begin_anew_twenty_are_told():
+    gates = [f"blocks.{i}.attn.vrl_gate" for i in range(10, 50)]
+    averages = [f"{kind}.{name}" for kind in ("ema", "lawa0", "lawa1") for name in gates]
+    optimiser = [f"exp_avg.{name}" for name in gates]
+    told = t.names_of_state([*gates, *averages, *optimiser])
+    assert told == f"{' '.join(gates[:20])} and 22 more"
+    assert t.names_of_state(gates[:20]) == " ".join(gates[:20])
+
+
 def test_swa_begins_anew_when_rates_rise_again(tiny):
     tiny(RUN_ID="made", EVALS="none")
     path = "logs/made/checkpoint.000000012.ckpt"
@@ -437,6 +446,25 @@ def test_row_norm_makes_muon_blind_to_the_size_of_rows(tiny_data):
         optimizer.step(torch.zeros(()), 1.0, 0.9)
         moved.append(model.qo_bank.detach() - before)
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=1e-6)
+
+
+def test_muon_trains_the_small_projections_where_told(tiny_data):
+    """Its update moves all singular values alike, AdamW's first one all numbers."""
+    for told in (False, True):
+        c = config(tiny_data, MUON_PROJECTIONS=str(int(told)), MUON_WD="0", ADAM_WD="0")
+        run, model = t.Run(c), t.GPT(c)
+        optimizer, g = t.Optimizer(c, run.ranks, model), torch.Generator().manual_seed(3)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=g)
+        for p in (model.bigram.proj.weight, model.ve_shared.proj.weight):
+            assert (p in {*optimizer.banks}, p in {*optimizer.small}) == (told, not told)
+        before = model.bigram.proj.weight.detach().clone()
+        optimizer.step(torch.zeros(()), 1.0, 0.9)
+        moved = model.bigram.proj.weight.detach() - before
+        size = c.matrix_lr * (moved.size(0) / moved.size(1)) ** 0.5
+        alike = torch.linalg.svdvals(moved) / size, moved.abs() / c.scalar_lr
+        spread = [values.min() > 0.5 and values.max() < 1.5 for values in alike]
+        assert spread == [told, not told]
 
 
 def test_coprime_order_visits_each_sequence_of_a_shard_once_an_epoch(tiny_data):

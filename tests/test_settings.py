@@ -56,6 +56,7 @@ CHANGES = dict(
     MUON_MOMENTUM_WARMUP_START=0.1,
     MUON_MOMENTUM_WARMUP_STEPS=2,
     MUON_BACKEND_STEPS=1,
+    MUON_PROJECTIONS=1,
     MUON_WD=3,
     ADAM_WD=3,
     EMBED_WD=3,
@@ -112,6 +113,9 @@ CHANGES = dict(
 LAWA = dict(LAWA_ENABLED=1, LAWA_K=2, LAWA_FREQ=2)
 PAST = dict(SLOT_LOSS="past", SLOT_DELTA="window")
 MIX = dict(EVALS="roundtrip,sliding_window,ttt,mix")
+LORA = dict(
+    SLOT_ENABLED=0, TTT_PARAMS="lora", TTT_LORA_CHUNK=32, TTT_OPTIMIZER="adamw", TTT_LR=0.01
+)
 CTW = dict(SLOT_ENABLED=0, CTW_WEIGHT=0.3, CTW_ENTROPY_THRESHOLD=0)
 BESIDE = dict(
     EMBED_LR=(0.05, dict(TIE_EMBEDDINGS=0)),
@@ -128,6 +132,12 @@ BESIDE = dict(
     SLOT_DECAY=(0.5, PAST),
     MIX_BLOCK=(16, MIX),
     MIX_SHARE=(0.5, MIX),
+    TTT_LORA_RANK=(2, LORA),
+    TTT_LORA_ALPHA=(1, LORA),
+    TTT_LORA_WD=(10, LORA),
+    TTT_LORA_CHUNK=(16, LORA),
+    TTT_PHASES=(1, LORA | dict(TTT_PHASES=2)),
+    TTT_PHASE_LR=(0.1, LORA | dict(TTT_PHASES=2)),
     CTW_WEIGHT=(0.1, CTW),
     CTW_ENTROPY_THRESHOLD=(4, CTW),
     LAWA_ENABLED=(0, LAWA),
@@ -301,6 +311,10 @@ def test_all_problems_are_reported_at_once():
         (dict(EVAL_STRIDE=2049), "EVAL_STRIDE"),
         (dict(TTT_CHUNK_TOKENS=2047), "TTT_CHUNK_TOKENS"),
         (dict(TTT_FREEZE_BLOCKS=12), "TTT_FREEZE_BLOCKS"),
+        (dict(TTT_PARAMS="lora"), "TTT_PARAMS"),
+        (dict(TTT_PARAMS="lora", SLOT_ENABLED=0, TTT_LORA_RANK=257), "TTT_LORA_RANK"),
+        (dict(TTT_PARAMS="lora", SLOT_ENABLED=0, TTT_LORA_CHUNK=2049), "TTT_LORA_CHUNK"),
+        (dict(TTT_PHASES=2), "TTT_PHASES"),
         (dict(TTT_ENABLED=0, EVALS="ttt"), "EVALS"),
         (dict(SLOT_ENABLED=0, EVALS="roundtrip,slot"), "EVALS"),
         (dict(EVALS="rountrip"), "EVALS"),
@@ -499,6 +513,7 @@ SYSTEMS = [
             skip_gates_enabled=True,
             rope_train_len=2048,
             matrix_lr=0.02,
+            muon_projections=True,
             tied_embed_lr=0.03,
             scalar_lr=0.02,
             muon_wd=0.09,

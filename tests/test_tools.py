@@ -12,9 +12,18 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, process, read_metrics, t, without_pauses
 
-from tools import ablate, audit
+from tools import ablate, audit, ladder
 
-TOOLS = ("report", "record", "ablate", "audit", "quantise", "bench", "gpu")  # with examples
+TOOLS = (
+    "report",
+    "record",
+    "ablate",
+    "ladder",
+    "audit",
+    "quantise",
+    "bench",
+    "gpu",
+)  # with examples
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +101,11 @@ def test_the_examples_of_each_tools_help_run(name, made):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     if name == "ablate":  # presets have a stride of 96
         env = {**env, "EVAL_SEQ_LEN": "128", "TTT_CHUNK_TOKENS": "128"}
+    if name == "ladder":  # rates are chosen on another text
+        other = folder / "data" / "datasets" / "other"
+        other.mkdir(parents=True, exist_ok=True)
+        training = Path(env["DATA_PATH"]) / "fineweb_train_000000.bin"
+        shutil.copy(training, other / "fineweb_val_000000.bin")
     if name == "audit":  # of all evaluators one
         env = {**env, "EVALS": "slot"}
         score = "def score(tokens):\n    return np.full(len(tokens) - 1, np.log(8))\n"
@@ -113,6 +127,7 @@ def test_the_examples_of_each_tools_help_run(name, made):
         "report": ("table.csv", "figure.png", "figure.svg", "submission.json"),
         "record": ("records/track_10min_16mb/2026-04-01_my_record/README.md",),
         "ablate": ("logs/my_ablation/ablate.png", "logs/slot/my_sweep.txt"),
+        "ladder": ("logs/ladder/mine/ladder.csv", "logs/ladder/mine/ladder.png"),
         "audit": (),
         "quantise": ("logs/my_quantisers/metrics.jsonl",),
         "bench": ("logs/my_bench.json", "docs/benchmarks.md"),
@@ -289,6 +304,41 @@ def test_ablate_gives_what_runs_of_the_script_give(made, monkeypatch):
         "ablate", ["--artifact", artifact, "--run-id", "rows", "sliding_window"], env, folder
     )
     assert again.returncode == 2 and "RUN_ID=rows" in again.stderr
+
+
+def test_a_ladder_stacks_and_mixes_what_was_best_on_the_other_text(made):
+    folder, env, _ = made
+    chosen = {name: row for name, (row, _) in ladder.RUNGS.items()} | {
+        "TTT": "ttt TTT_LR=0.02",
+        "SLOT context": "slot SLOT_LOSS=context SLOT_DELTA=window SLOT_STEPS=8",
+    }
+    rows = ladder.ladder_rows(chosen)
+    stack = "ttt_slot TTT_LR=0.02 SLOT_LOSS=context SLOT_DELTA=window SLOT_STEPS=8"
+    assert rows["TTT + SLOT context"] == stack
+    c = t.load_config({**env, "EVALS": "none"})
+    parsed = [(*ablate.parse_row(f"{n}={row}", env, c), n, {}) for n, row in rows.items()]
+    mixed = {
+        parsed[k][0]: [parsed[j][0] for j in ablate.mixed_rows(parsed, k, of)]
+        for k, of in ((k, ladder.MIXES.get(row[0])) for k, row in enumerate(parsed))
+        if parsed[k][1] == "mix"
+    }
+    four = ["sliding", "SLOT context", "TTT", "TTT + SLOT context"]
+    assert mixed["mix of TTT, SLOT context"] == four
+    assert not set(mixed["mix of all"]) & set(ladder.LEAKS) and len(mixed["mix of all"]) == 16
+
+
+def test_the_frontier_has_what_nothing_causal_beats_in_less_time():
+    rows = [(1, 2.0, True), (2, 1.0, False), (3, 1.9, True), (4, 1.95, True), (5, 1.8, True)]
+    rows = [dict(seconds=s, val_bpb=bpb, causal=causal) for s, bpb, causal in rows]
+    assert [row["seconds"] for row in ladder.frontier(rows)] == [1, 3, 5]
+
+
+def test_a_ladder_refuses_to_choose_on_the_text_it_scores(made, refused):
+    _, env, artifact = made
+    words = ["--run-id", "bad", "--artifact", artifact]
+    assert "--artifact and --tune are needed" in refused(ladder.main, words)
+    told = refused(ladder.main, [*words, "--tune", env["DATA_PATH"]])
+    assert "begins as the text to score does" in told and not Path("logs/bad").exists()
 
 
 def test_ablate_on_two_ranks_gives_the_same_and_writes_once(made):

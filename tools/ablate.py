@@ -133,20 +133,22 @@ def interval(nats, other, doc, size):
     return point, found.low, found.high
 
 
-def mixed_rows(rows, k):
-    """Numbers of the rows that row k, a mixture, mixes: the causal ones before it. Raises BadInput for fewer than two."""
+def mixed_rows(rows, k, of=None):
+    """Numbers of the rows that row k, a mixture, mixes: the causal ones before it, or of those the ones named. Raises BadInput for
+    fewer than two."""
     found = [
         j
-        for j, (_, label, c, *_) in enumerate(rows[:k])
+        for j, (name, label, c, *_) in enumerate(rows[:k])
         if not t.EVALUATORS[label].mixes and not t.broken_conditions(c, label)
+        if of is None or name in of
     ]
     if len(found) < 2:
         raise t.BadInput(f"{rows[k][0]!r}: needs two causal rows before it, or more.")
     return found
 
 
-def score_rows(run, model, val, rows):
-    """[(nats [N] fp64, seconds)] of rows; those with equal windows and training share a pass."""
+def score_rows(run, model, val, rows, mixes):
+    """[(nats [N] fp64, seconds)] of rows; those with equal windows and training share a pass. mixes: as in ablate()."""
     passes, found, base = {}, [None] * len(rows), {}
     for k, (_, label, c, *_) in enumerate(rows):
         if t.EVALUATORS[label].mixes:
@@ -174,7 +176,7 @@ def score_rows(run, model, val, rows):
             base[k] = members[0], shared
     for k, (_, label, c, *_) in enumerate(rows):
         if t.EVALUATORS[label].mixes:
-            parts = mixed_rows(rows, k)
+            parts = mixed_rows(rows, k, mixes.get(rows[k][0]))
             nats, weights = t.mixture(c, torch.from_numpy(np.stack([found[j][0] for j in parts])))
             own = sum(found[j][1] - base[j][1] for j in parts)  # what a pass shares counts once
             found[k] = nats.numpy(), own + sum(dict(base[j] for j in parts).values())
@@ -301,9 +303,9 @@ def table(rows):
     return lines
 
 
-def ablate(run, model, val, rows):
-    """Results of rows as dicts, in their order; logs a line for each."""
-    scored, results = score_rows(run, model, val, rows), []
+def ablate(run, model, val, rows, mixes=None):
+    """Results of rows as dicts, in their order; logs a line for each. mixes: {mixture: names of its rows}; else all that are causal."""
+    scored, results = score_rows(run, model, val, rows, mixes or {}), []
     doc, base = documents(val.tokens.cpu().numpy()), None
     for (name, label, c, family, grid), (nats, seconds) in zip(rows, scored):
         base = nats if base is None else base

@@ -53,6 +53,11 @@ FITTED = (
 )
 FITS = ((3, "0.001"), (24, "0.003"), (24, "0.012"))  # steps and rates shown of it
 SPLITS = ("slot/split_demo", "slot/split_6x192")  # the demo's model, and one for FineWeb
+LADDERS = {  # runs of tools.ladder, and what they are of
+    "demo_ladder": "demo",
+    "s200_ladder": "FineWeb, 200 steps",
+    "s800_ladder": "FineWeb, 800 steps",
+}
 TRAINING_ROWS = (
     ("nothing", "default"),
     ("XSA in all layers", "xsa"),
@@ -64,6 +69,13 @@ TRAINING_ROWS = (
     ("weight decay 0.085", "weight_decay"),
     ("floor under the rates, 0.05", "min_lr"),
     ("coprime strides", "coprime"),
+)
+# Of #1042's recipe, what was tried on PRESET=demo,best_demo: what is said, and the name in logs/best_demo.
+CARRIED_ROWS = (
+    ("nothing", "old"),
+    ("skip gates", "skip_gates"),
+    ("two lanes from layer 2", "lanes"),
+    ("rates of matrices, scalars and embeddings times 1.4", "rates"),
 )
 # The lineage's own scores of its artifacts, nats a token, each target once; and our logs of them.
 EQUALITY = (
@@ -189,6 +201,32 @@ def best_lines() -> list[str]:
     return table("preset | training | TTT, val_bpb, mean of 3 seeds | std", rows, numbers=3)
 
 
+def carried_lines() -> list[str]:
+    """Parts of #1042's recipe on the demo, one at a time, on training text held out."""
+    rows = []
+    base = metrics("best_demo/choose_old")["final_float_roundtrip"]["val_bpb"]
+    for what, name in CARRIED_ROWS:
+        score = metrics(f"best_demo/choose_{name}")["final_float_roundtrip"]["val_bpb"]
+        rows.append([what, f"`best_demo/choose_{name}`", f"{score:.4f}", f"{score - base:+.4f}"])
+    return table("changed | log | val_bpb | difference", rows, numbers=2)
+
+
+def carried_seed_lines() -> list[str]:
+    """PRESET=demo,best_demo with skip gates and without, seed by seed."""
+    rows, scores = [], {}
+    for what, name in (("without skip gates", "old"), ("with", "skip_gates")):
+        logs = [read_log(LOGS / "best_demo" / f"{name}_seed{seed}.txt") for seed in SEEDS]
+        scores[name] = [log.results["sliding_window"].val_bpb for log in logs]
+        mean = statistics.mean(scores[name])
+        rows.append([what, *(f"{score:.4f}" for score in scores[name]), f"{mean:.4f}"])
+    moved = [new - old for new, old in zip(scores["skip_gates"], scores["old"], strict=True)]
+    p = stats.ttest_1samp(moved, 0).pvalue
+    mean = f"{statistics.mean(moved):+.4f} (paired t-test, p = {p:.2f})"
+    rows.append(["difference", *(f"{change:+.4f}" for change in moved), mean])
+    seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
+    return table(f"`demo,best_demo` | {seeds} | mean", rows, numbers=4)
+
+
 def finding_lines() -> list[str]:
     """What the sweep of SLOT's settings says, in figures."""
     rows: list[list[str]] = [[] for _ in range(5)]
@@ -242,6 +280,43 @@ def honest_lines() -> list[str]:
     return table("method | demo | FineWeb", rows)
 
 
+def ladder_rows(name: str) -> dict[str, dict]:
+    """Rows of a run of tools.ladder by name."""
+    return {row["row"]: row for row in ablate.read_results(LOGS / "ladder" / name, "ladder.csv")}
+
+
+def ladder_lines() -> list[str]:
+    """The ladder on the demo's artifact, and on models for FineWeb that know less and more."""
+    found = [ladder_rows(name) for name in LADDERS]
+    rows = []
+    for name, row in found[0].items():
+        causal = "yes" if row["causal"] else "no"
+        gains = [interval(ladder[name]) for ladder in found]
+        rows.append([name, *gains, f"{row['seconds']:.0f}", causal])
+    head = " | ".join(LADDERS.values())
+    return table(f"rung | {head} | seconds, demo | causal", rows)
+
+
+def chosen_lines() -> list[str]:
+    """What was chosen for each rung of the ladders."""
+    found: list[dict[str, str]] = []
+    for name in LADDERS:
+        text = console.read_text(LOGS / "ladder" / f"{name}.txt")
+        words = re.findall(r"^chosen for ([^:\n{]+): \w+ ?(.*)$", text, re.M)
+        found.append({rung: settings for rung, settings in words if settings})
+    rows = []
+    for rung in found[0]:
+        fixed = set.intersection(*({*chosen[rung].split()} for chosen in found))
+        changing = [
+            ", ".join(w for w in chosen[rung].split() if w not in fixed) or "the same"
+            for chosen in found
+        ]
+        rows.append(
+            [rung, f"`{' '.join(w for w in found[0][rung].split() if w in fixed)}`", *changing]
+        )
+    return table(f"rung | of all | {' | '.join(LADDERS.values())}", rows)
+
+
 def ctw_lines() -> list[str]:
     """CTW at three weights."""
     found = [ablation(name) for name in ("slot/ctw_demo", "slot/ctw_6x192")]
@@ -286,6 +361,17 @@ def equality_lines() -> list[str]:
         ours = read_log(LOGS / "equality" / f"{log}.txt").results[label].val_loss
         rows.append([artifact, what, f"{theirs:.8f}", f"{ours:.8f}", f"`equality/{log}`"])
     return table("artifact | evaluator | lineage's script | this script | log", rows)
+
+
+def full_size_lines() -> list[str]:
+    """One training step of each preset at full size, as tests/full_size.py says."""
+    text = (LOGS / "presets" / "full_size.txt").read_text()
+    line = r"(\S+) parameters:(\d+) loss:\S+ gradient_norm:\S+ cpu_seconds:(\S+) peak_gib:(\S+)"
+    rows = [
+        [", ".join(f"`{name}`" for name in names.split(",")), f"{int(count):,}", seconds, peak]
+        for names, count, seconds, peak in re.findall(line, text)
+    ]
+    return table("presets | parameters | CPU seconds | peak memory, GiB", rows, numbers=3)
 
 
 def traffic_lines() -> list[str]:
@@ -414,6 +500,8 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "seeds": seed_lines,
     "training": training_lines,
     "best": best_lines,
+    "carried": carried_lines,
+    "carried-seeds": carried_seed_lines,
     "findings": finding_lines,
     "gains": gain_lines,
     "honest": honest_lines,
@@ -422,6 +510,7 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "landing": landing_lines,
     "qat": qat_lines,
     "equality": equality_lines,
+    "full-size": full_size_lines,
     "traffic": traffic_lines,
     "cheats": cheat_lines,
     "bf16": bf16_lines,

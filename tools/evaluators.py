@@ -49,6 +49,7 @@ def shrink(c: t.Config, targets: int) -> t.Config:
         ttt_chunk_tokens=min(c.ttt_chunk_tokens, max(c.eval_seq_len, targets // 4)),
         slot_batch_seqs=min(c.slot_batch_seqs, windows),
         mix_block=min(c.mix_block, max(8, targets // 8)),
+        ttt_lora_chunk=min(c.ttt_lora_chunk, max(1, targets // 16)),
     )
 
 
@@ -67,22 +68,39 @@ def boundaries(c: t.Config, run: Any, label: str, n: int) -> list[int]:
     return sorted({int(heads[k]) for k in picked if 0 < k < len(heads)})
 
 
+def by_documents(c: t.Config, label: str) -> bool:
+    """Whether an evaluator scores document by document, each in chunks, and not window by window."""
+    return t.EVALUATORS[label].ttt and c.ttt_params == "lora"
+
+
+def chunk_ends(c: t.Config, tokens: torch.Tensor) -> list[int]:
+    """The first tokens of documents and those that follow a document's chunks."""
+    n = len(tokens) - 1
+    begins = t.document_starts(Stream(tokens)).tolist()
+    spans = zip(begins, [*begins[1:], n], strict=True)
+    found = {k for begin, end in spans for k in (begin, *range(begin + 1, end, c.ttt_lora_chunk))}
+    return sorted(k for k in found if k > 1)
+
+
 class Ledger(t.Observer):
     """What scored each target, and what was fitted to it, in the order in which it happened.
 
-    Windows are numbered in the order of the pass; ranks score theirs at the same time. With keep, vectors are kept for all targets,
-    else for `wanted` ones.
+    Windows are numbered in the order of the pass; ranks score theirs at the same time, so what was learnt too early shows only when
+    all are put together, in settle(). With keep, vectors are kept for all targets, else for `wanted` ones.
     """
 
     def __init__(self, c: t.Config, label: str, n: int, ranks: Any, keep: bool = False) -> None:
-        self.c, self.ranks, self.n, self.T = c, ranks, n, c.eval_seq_len
+        self.c, self.label, self.ranks, self.n, self.T = c, label, ranks, n, c.eval_seq_len
         self.keep, self.wanted = keep, np.zeros(n, bool)
         stride = self.T if label == "roundtrip" else c.eval_stride
         starts, firsts = t.plan_windows(n, self.T, stride)
         self.scored_by = np.repeat(np.arange(len(starts)), self.T - firsts)
         self.count = np.zeros(n, int)
         self.done = np.zeros(n, bool)  # gone through row_nll
-        self.next = self.early = self.uses = 0
+        self.early = self.uses = 0
+        self.learnt = np.zeros(
+            (2, n), int
+        )  # times a target was learnt by all ranks, and then not scored by this one
         self.due = np.zeros(
             0, int
         )  # targets of the batch, of which those from `taken` on are to come
@@ -90,18 +108,30 @@ class Ledger(t.Observer):
         self.told = np.zeros(0, int)  # targets that the next fit is to
         self.vectors: dict[int, np.ndarray] = {}
 
-    def scoring(self, starts: np.ndarray, firsts: np.ndarray) -> None:
+    def scoring(self, starts: np.ndarray, firsts: np.ndarray, ends: np.ndarray) -> None:
         """Count the targets that these windows score."""
-        self.next += len(starts)
-        rows = [np.arange(s + f, s + self.T) for s, f in zip(starts, firsts, strict=True)]
+        rows = [np.arange(s + f, e) for s, f, e in zip(starts, firsts, ends, strict=True)]
         self.due, self.taken = np.concatenate([np.zeros(0, int), *rows]), 0
         np.add.at(self.count, self.due, 1)
 
     def learned(self, begin: int, end: int) -> None:
-        """All windows that are not yet scored, by any rank, depend on these targets."""
-        scored = int(self.total(self.next))
-        if self.ranks.rank == 0:
-            self.fitted(np.arange(begin, min(end, self.n)), scored)
+        """What is scored from now on depends on these targets; a document's chunk is learnt by the rank that scored it alone."""
+        span = slice(begin, min(end, self.n))
+        unscored = self.count[span] == 0
+        own = by_documents(self.c, self.label) and end - begin <= self.c.ttt_lora_chunk
+        self.uses += len(unscored) if own or self.ranks.rank == 0 else 0
+        if own:
+            self.early += int(unscored.sum())
+        else:
+            self.learnt[:, span] += [np.ones(len(unscored), int), unscored]
+
+    def settle(self) -> None:
+        """Add up what all ranks know, once all is scored: what was learnt, and not yet scored by any."""
+        learnt, unscored = self.total(self.learnt)
+        self.early, self.uses, self.count = (
+            self.total(x) for x in (self.early, self.uses, self.count)
+        )
+        self.early += ((learnt > 0) & (unscored == learnt)).sum()
 
     def fitted(self, targets: np.ndarray, window: int) -> None:
         """Note that what `window` and later ones are scored with was fitted to these targets."""
@@ -164,6 +194,8 @@ class Evaluation(blackbox.Box):
         self.now: Ledger | None = None  # of the last
         self.looked: dict[int, float] = {}  # places of C2, and by how much their vectors moved
         marks = boundaries(c, run, label, len(tokens) - 1)
+        if by_documents(c, label):
+            marks = chunk_ends(c, tokens)
         super().__init__(self.watched, c.vocab_size, tokens.cpu().numpy(), marks, seed)
         self.shown = self.shows()
 
@@ -206,6 +238,14 @@ class Evaluation(blackbox.Box):
         moved = np.abs(after - before).max() if there else 0.0
         return float(self.ledger.total(moved))
 
+    def changed(self, places: Sequence[int]) -> np.ndarray:
+        """As that of a black box; where documents begin and end counts too, so sometimes a token that begins one is put there."""
+        tokens = super().changed(places)
+        if self.rng.random() < 0.25:
+            begins = np.array(places)[self.tokens[places] != t.DOCUMENT_START]
+            tokens[begins] = t.DOCUMENT_START
+        return tokens
+
     def alone(self, p: int, kind: int | None = None) -> np.ndarray:
         """As that of a black box; and the vector at p is compared too."""
         moved = super().alone(p, kind)
@@ -224,7 +264,9 @@ class Evaluation(blackbox.Box):
             return max(self.looked.values(), default=0.0)
         # a run for each token: on two windows' worth, with a chunk boundary between them
         T = self.c.eval_seq_len
-        c = dataclasses.replace(self.c, ttt_chunk_tokens=T)
+        c = dataclasses.replace(
+            self.c, ttt_chunk_tokens=T, ttt_lora_chunk=min(T, self.c.ttt_lora_chunk)
+        )
         tokens = torch.from_numpy(self.tokens[: min(self.n, 2 * T) + 1]).to(self.device)
         short = Evaluation(self.run_, self.model, tokens, self.label, c, int(self.rng.integers(99)))
         where = short.sparse_places(0)
@@ -263,7 +305,7 @@ def audit(
     box = Evaluation(run, model, tokens, label, c, seed)
     ledger = box.ledger
     assert ledger
-    early, uses, times = (ledger.total(x) for x in (ledger.early, ledger.uses, ledger.count))
+    ledger.settle()
     again = box.run(box.tokens)
     steady = np.array_equal(box.base, again)
     if steady:
@@ -272,14 +314,14 @@ def audit(
     off = box.normalised(sum_count) if sum_count or box.shown else None
     mixes = t.EVALUATORS[label].mixes
     if not mixes:
-        box.note(np.flatnonzero(times != 1), "not scored once")
+        box.note(np.flatnonzero(ledger.count != 1), "not scored once")
     fresh = t.GPT(c, model.dtype, model.attend).to(run.ranks.device)
     gaps = [floor(run, m, c, label, box.n, box.rng) for m in (fresh, model)]
     # the artifact itself was fitted to all of them
     trained = c.prequant_ttt_enabled or c.calibration == "validation"
     broken = ["C1"] * bool(box.moved or not steady)
     broken += ["C2"] * (off is not None and off > (0 if box.shown else blackbox.OFF))
-    broken += ["C3"] * bool(early or trained) + ["C4"] * bool(box.wrong)
+    broken += ["C3"] * bool(ledger.early or trained) + ["C4"] * bool(box.wrong)
     claim = t.broken_conditions(c, label)
     compared = [w for w in claim.split(",") if w and (off is not None or w != "C2")]
     if mixes:  # its experts' ledgers are theirs
@@ -297,9 +339,9 @@ def audit(
         largest=max(box.moved.values(), default=0.0 if steady else math.nan),
         looked=len(box.looked),
         sum_error=off,
-        early=int(early) + box.n * trained,
-        uses=int(uses) + box.n * trained,
-        idle=not (uses or mixes) and label not in ("roundtrip", "sliding_window"),
+        early=int(ledger.early) + box.n * trained,
+        uses=int(ledger.uses) + box.n * trained,
+        idle=not (ledger.uses or mixes) and label not in ("roundtrip", "sliding_window"),
         wrong=box.wrong,
         gap=gaps[0][0],
         gap_error=gaps[0][1],

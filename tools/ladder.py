@@ -38,28 +38,39 @@ RUNGS = {
         "slot SLOT_LOSS=context SLOT_DELTA=window SLOT_BIAS=1",
         {"SLOT_STEPS": "8,24", "SLOT_LR": "0.001,0.003,0.01"},
     ),
-    "SLOT past": (f"slot {PAST}", {"SLOT_STEPS": "1,3", "SLOT_LR": "0.0003,0.001,0.003"}),
-    "SLOT past, each window": (
+    "SLOT past, a batch": (f"slot {PAST}", {"SLOT_STEPS": "1,3", "SLOT_LR": "0.0003,0.001,0.003"}),
+    "SLOT past": (
         f"slot {PAST} SLOT_DELTA=window",
         {"SLOT_STEPS": "1,3", "SLOT_LR": "0.0003,0.001,0.003"},
     ),
-    "SLOT recent": (
-        "slot SLOT_LOSS=recent SLOT_BIAS=1 SLOT_DELTA=window",
+    "SLOT past, reset": (
+        f"slot {PAST} SLOT_DELTA=window SLOT_RESET=document",
         {"SLOT_STEPS": "1,3", "SLOT_LR": "0.0003,0.001,0.003"},
     ),
-    "TTT": ("ttt", {"TTT_LR": "0.002,0.006,0.02,0.06"}),
-    "TTT, AdamW": ("ttt TTT_OPTIMIZER=adamw", {"TTT_LR": "0.0001,0.0003,0.001"}),
-    "TTT, control": ("ttt TTT_PARAMS=control TTT_OPTIMIZER=adamw", {"TTT_LR": "0.001,0.003,0.01"}),
+    "SLOT recent": (
+        "slot SLOT_LOSS=recent SLOT_BIAS=1 SLOT_DELTA=window SLOT_RESET=document",
+        {"SLOT_STEPS": "1,3", "SLOT_LR": "0.001,0.003"},
+    ),
+    "TTT": ("ttt", {"TTT_LR": "0.002,0.006,0.02"}),
+    "TTT, AdamW": ("ttt TTT_OPTIMIZER=adamw", {"TTT_LR": "0.00003,0.0001,0.0003"}),
+    "TTT, control": (
+        "ttt TTT_PARAMS=control TTT_OPTIMIZER=adamw",
+        {"TTT_LR": "0.0003,0.001,0.003"},
+    ),
+    "TTT, LoRA": ("ttt TTT_PARAMS=lora TTT_OPTIMIZER=adamw", {"TTT_LR": "0.001,0.003,0.01"}),
 }
-WINDOWS = ("SLOT past, each window", "SLOT recent")
 STACKS = {
     f"{ttt} + {slot}": (ttt, slot)
-    for ttt, slots in (
-        ("TTT", ("SLOT context", "SLOT past", *WINDOWS)),
-        ("TTT, AdamW", WINDOWS),
-        ("TTT, control", WINDOWS),
-    )
-    for slot in slots
+    for ttt in ("TTT", "TTT, AdamW", "TTT, control")
+    for slot in ("SLOT context", "SLOT past, reset")
+}
+# What a run with EVALS=sliding_window,slot,ttt,ttt_slot,mix mixes, and all that there is.
+MIXES = {
+    **{
+        f"mix of {ttt}, {slot}": ("sliding", ttt, slot, f"{ttt} + {slot}")
+        for ttt, slot in STACKS.values()
+    },
+    "mix of all": None,
 }
 LEAKS = {
     "SLOT as #1084": "slot",
@@ -103,7 +114,7 @@ def ladder_rows(chosen):
         name: f"ttt_slot {settings_of(chosen[a])} {settings_of(chosen[b])}"
         for name, (a, b) in STACKS.items()
     }
-    return {**chosen, **stacks, **LEAKS, "mix": "mix"}
+    return {**chosen, **stacks, **LEAKS, **dict.fromkeys(MIXES, "mix")}
 
 
 def frontier(rows):
@@ -121,6 +132,7 @@ def draw(rows, path, title):
 
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     leaks = [row for row in rows if not row["causal"]]
+    first, *_, last = sorted(row["seconds"] for row in rows)
     panels = figure.subplots(1, 2, width_ratios=[4, 1]) if leaks else [figure.subplots()]
     for axes, causal in zip(panels, (True, False)):
         shown = [row for row in rows if row["causal"] == causal]
@@ -146,6 +158,9 @@ def draw(rows, path, title):
             )
         axes.axhline(0, color="black", lw=0.6)
         axes.grid(lw=0.3)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set_xlim(first / 1.3, last * 1.6)
         axes.set_xlabel("seconds of evaluation")
         axes.set_title("causal" if causal else "not causal:\nno compression result", fontsize=10)
     steps = frontier(rows)
@@ -161,7 +176,8 @@ def draw(rows, path, title):
     causal = [row for row in rows if row["causal"]]
     legend = "\n".join(f"{k}  {row['row']}" for k, row in enumerate(causal, 1))
     figure.text(1.01, 0.5, legend, fontsize=8, va="center")
-    figure.suptitle(f"{title}\ndotted: the least for its time", fontsize=10)
+    words = [title, "dotted: the best for its time"]
+    figure.suptitle("\n".join(filter(None, words)), fontsize=10)
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
@@ -208,7 +224,8 @@ def main(argv=None):
         (*ablate.parse_row(f"{name}={row}", env, c), name, {})
         for name, row in ladder_rows(chosen).items()
     ]
-    results = ablate.ablate(run, model, val, rows)
+    mixes = {name: of for name, of in MIXES.items() if of}
+    results = ablate.ablate(run, model, val, rows, mixes)
     if run.ranks.rank == 0:
         ablate.write_results(results, run.log.folder / "ladder.csv")
         draw(results, run.log.folder / "ladder.png", args.title)

@@ -71,8 +71,10 @@ def compare(run, c, model, val, data, rows, budgets):
         calibrated = perf_counter() - began
         for budget in budgets:
             began = perf_counter()
+            quantizer = t.make_quantizer(config, state, calibration)
+            quantizer.refuse_large()
             try:
-                blob, figures = t.make_quantizer(config, state, calibration).fit(budget or 10**12)
+                blob, figures = quantizer.fit(budget or 10**12)
             except t.Fault:
                 run.log.line(f"{name}@{budget} does not fit at any step")
                 continue
