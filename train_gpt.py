@@ -535,7 +535,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": PR1042 | dict(TTT_ENABLED=1),
     "best_demo": dict(  # as PRESET=demo,best_demo: what helps the demo and costs it no time
         SLOT_ENABLED=0, EVALS="auto", DATA_ORDER="coprime", MIN_LR=0.05, XSA_LAST_N=4,
-        NEWTON_SCHULZ="polar_express", MUON_WD=0.085, QUANT="gptq",
+        SKIP_GATES_ENABLED=1, NEWTON_SCHULZ="polar_express", MUON_WD=0.085, QUANT="gptq",
+        TTT_PARAMS="lora", TTT_OPTIMIZER="adamw", TTT_LR=0.003,
     ),
     "demo": dict(
         DATA_PATH="./data/datasets/demo_sp1024",
@@ -1279,7 +1280,7 @@ def read_header(
     if not isinstance(header, dict) or not isinstance(header.get("tensors"), list):
         raise ValueError("its header is no object with tensors")
     if not header.keys() <= HEADER_NAMES:
-        raise ValueError(f"its header has {', '.join(header.keys() - HEADER_NAMES)}")
+        raise ValueError(f"its header has {', '.join(sorted(header.keys() - HEADER_NAMES))}")
     claims: Claims = {}
     for row in header["tensors"]:
         match row:

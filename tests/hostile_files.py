@@ -717,7 +717,10 @@ def in_child(rows, timeout=120):
     os.close(write)
     row = None
     with os.fdopen(read) as file:
-        while select.select([file], [], [], timeout)[0] and row != "end":
+        # in parts: of a pause of the whole machine one alone is used up
+        while (
+            any(select.select([file], [], [], timeout / 12)[0] for _ in range(12)) and row != "end"
+        ):
             row = json.loads(file.readline() or "null")
             if row in (None, "end"):
                 break

@@ -54,6 +54,7 @@ SMALL = dict(
 )
 # Settings of presets that a model of three layers cannot have.
 SHRUNK = {
+    "best_demo": dict(TTT_LORA_CHUNK="16"),
     "best": dict(RECUR_LAYERS="1,2", RECUR_START="6", PARALLEL_START_LAYER="2"),
     "pr1488": dict(PREQUANT_TTT_EPOCHS="2"),
     "pr1278": dict(RECUR_LAYERS="1,2", RECUR_START="6"),

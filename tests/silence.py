@@ -45,6 +45,7 @@ COMMANDS = (
     "python -m tools.record mine logs/seed[12].txt --non-record --stage ttt_slot",
     f"PRESET=demo python -m tools.quantise --checkpoint {LAST} --run-id sizes --bytes 560000 QUANT=rd QUANT=gptq",
     f"PRESET=demo EVAL_STRIDE=256 python -m tools.ablate {ARTIFACT} --run-id ways sliding_window 'slot SLOT_STEPS=1'",
+    f"PRESET=demo python -m tools.ladder {ARTIFACT} --run-id rungs --tune data/datasets/mine --targets 1024 --tune-targets 1024",
     f"PRESET=demo python -m tools.audit {ARTIFACT} --targets 1024 --probes 4 --sums 0",
     "PRESET=demo python -m tools.bench --parts sliding --rounds 1 --targets 512 --out bench.json",
     "DEVICE=cpu PRESET=demo python -m tools.gpu --name rehearsal --parts step run --steps 2",

@@ -31,7 +31,7 @@ def shipped(tiny_data, tmp_path_factory):
 def test_the_packed_copy_is_small_and_what_is_counted(shipped):
     folder, _ = shipped
     packed = (folder / "logs/one/train_gpt.py").read_bytes()
-    assert packed == t.packed_script() and len(packed) == t.code_bytes() <= 60_000
+    assert packed == t.packed_script() and len(packed) == t.code_bytes() <= 65_000
     assert packed.count(b"\n") == 2 and packed.isascii()
     assert read_metrics(folder / "logs/one")["artifact"]["code_bytes"] == len(packed)
 

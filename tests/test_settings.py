@@ -136,8 +136,6 @@ BESIDE = dict(
     TTT_LORA_ALPHA=(1, LORA),
     TTT_LORA_WD=(10, LORA),
     TTT_LORA_CHUNK=(16, LORA),
-    TTT_PHASES=(1, LORA | dict(TTT_PHASES=2)),
-    TTT_PHASE_LR=(0.1, LORA | dict(TTT_PHASES=2)),
     CTW_WEIGHT=(0.1, CTW),
     CTW_ENTROPY_THRESHOLD=(4, CTW),
     LAWA_ENABLED=(0, LAWA),
@@ -165,6 +163,8 @@ ELSEWHERE = {
     "RESUME",
     "DOCUMENTS",
     "SLOT_RESET",
+    "TTT_PHASES",
+    "TTT_PHASE_LR",
 }
 
 

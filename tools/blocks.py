@@ -40,7 +40,7 @@ SCORES = (
     ("sliding windows, stride 64", "seed", "sliding_window"),
     ("score-first TTT", "seed", "ttt"),
     ("score-first TTT with SLOT, as #1084", "seed", "ttt_slot"),
-    ("score-first TTT, `PRESET=demo,best_demo`", "best_seed", "ttt"),
+    ("score-first TTT, `PRESET=demo,best_demo` of an earlier version", "best_seed", "ttt"),
 )
 # Rows of the table of SLOT's gain: what delta is fitted to, and the name in the logs.
 FITTED = (
@@ -53,11 +53,6 @@ FITTED = (
 )
 FITS = ((3, "0.001"), (24, "0.003"), (24, "0.012"))  # steps and rates shown of it
 SPLITS = ("slot/split_demo", "slot/split_6x192")  # the demo's model, and one for FineWeb
-LADDERS = {  # runs of tools.ladder, and what they are of
-    "demo_ladder": "demo",
-    "s200_ladder": "FineWeb, 200 steps",
-    "s800_ladder": "FineWeb, 800 steps",
-}
 TRAINING_ROWS = (
     ("nothing", "default"),
     ("XSA in all layers", "xsa"),
@@ -76,6 +71,12 @@ CARRIED_ROWS = (
     ("skip gates", "skip_gates"),
     ("two lanes from layer 2", "lanes"),
     ("rates of matrices, scalars and embeddings times 1.4", "rates"),
+)
+# DOCUMENTS in training and in evaluation, and the logs' names in logs/documents before the seed.
+DOCUMENT_ROWS = (
+    ("joined", "joined", "train_joined"),
+    ("joined", "mask", "train_joined_eval_mask"),
+    ("mask", "mask", "train_mask"),
 )
 # The lineage's own scores of its artifacts, nats a token, each target once; and our logs of them.
 EQUALITY = (
@@ -286,35 +287,25 @@ def ladder_rows(name: str) -> dict[str, dict]:
 
 
 def ladder_lines() -> list[str]:
-    """The ladder on the demo's artifact, and on models for FineWeb that know less and more."""
-    found = [ladder_rows(name) for name in LADDERS]
-    rows = []
-    for name, row in found[0].items():
-        causal = "yes" if row["causal"] else "no"
-        gains = [interval(ladder[name]) for ladder in found]
-        rows.append([name, *gains, f"{row['seconds']:.0f}", causal])
-    head = " | ".join(LADDERS.values())
-    return table(f"rung | {head} | seconds, demo | causal", rows)
+    """The ladder on the demo's artifact."""
+    rows = [
+        [
+            name,
+            f"{row['val_bpb']:.4f}",
+            interval(row),
+            f"{row['seconds']:.0f}",
+            "yes" if row["causal"] else "no",
+        ]
+        for name, row in ladder_rows("demo_ladder").items()
+    ]
+    return table("rung | val_bpb | to sliding | seconds | causal", rows)
 
 
 def chosen_lines() -> list[str]:
-    """What was chosen for each rung of the ladders."""
-    found: list[dict[str, str]] = []
-    for name in LADDERS:
-        text = console.read_text(LOGS / "ladder" / f"{name}.txt")
-        words = re.findall(r"^chosen for ([^:\n{]+): \w+ ?(.*)$", text, re.M)
-        found.append({rung: settings for rung, settings in words if settings})
-    rows = []
-    for rung in found[0]:
-        fixed = set.intersection(*({*chosen[rung].split()} for chosen in found))
-        changing = [
-            ", ".join(w for w in chosen[rung].split() if w not in fixed) or "the same"
-            for chosen in found
-        ]
-        rows.append(
-            [rung, f"`{' '.join(w for w in found[0][rung].split() if w in fixed)}`", *changing]
-        )
-    return table(f"rung | of all | {' | '.join(LADDERS.values())}", rows)
+    """What was chosen for each rung of the ladder."""
+    text = console.read_text(LOGS / "ladder" / "demo_ladder.txt")
+    words = re.findall(r"^chosen for ([^:\n{]+): \w+ (.+)$", text, re.M)
+    return table("rung | settings", [[rung, f"`{settings}`"] for rung, settings in words])
 
 
 def ctw_lines() -> list[str]:
@@ -361,6 +352,20 @@ def equality_lines() -> list[str]:
         ours = read_log(LOGS / "equality" / f"{log}.txt").results[label].val_loss
         rows.append([artifact, what, f"{theirs:.8f}", f"{ours:.8f}", f"`equality/{log}`"])
     return table("artifact | evaluator | lineage's script | this script | log", rows)
+
+
+def documents_lines() -> list[str]:
+    """DOCUMENTS=joined and mask, in training and in evaluation: val_loss of sliding windows."""
+    rows, base = [], []
+    for trained, scored, name in DOCUMENT_ROWS:
+        logs = [read_log(LOGS / "documents" / f"{name}_seed{seed}.txt") for seed in SEEDS]
+        losses = [log.results["sliding_window"].val_loss for log in logs]
+        base = base or losses
+        moved = [loss - first for loss, first in zip(losses, base, strict=True)]
+        change = f"{statistics.mean(moved):+.4f} ({min(moved):+.4f} to {max(moved):+.4f})"
+        rows.append([trained, scored, f"{statistics.mean(losses):.4f}", change])
+    rows[0][-1] = ""
+    return table("trained | evaluated | val_loss | difference (lowest to highest)", rows, numbers=2)
 
 
 def full_size_lines() -> list[str]:
@@ -505,11 +510,14 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "findings": finding_lines,
     "gains": gain_lines,
     "honest": honest_lines,
+    "ladder": ladder_lines,
+    "chosen": chosen_lines,
     "ctw": ctw_lines,
     "quantisers": quantiser_lines,
     "landing": landing_lines,
     "qat": qat_lines,
     "equality": equality_lines,
+    "documents": documents_lines,
     "full-size": full_size_lines,
     "traffic": traffic_lines,
     "cheats": cheat_lines,
