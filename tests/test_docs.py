@@ -231,9 +231,8 @@ def test_errors_of_frequent_tokens_cost_what_the_page_says():
 
 
 def test_audits_of_the_demo_found_what_was_claimed():
-    logs = {log.stem: log.read_text() for log in (ROOT / "logs/audits").glob("*.txt")}
-    assert "0 of 20 validation documents" in logs.pop("demo_documents")
-    assert set(logs) == {"context", "past", "systems"}
+    names = ("context", "past", "systems")
+    logs = {name: (ROOT / f"logs/audits/{name}.txt").read_text() for name in names}
     for name, text in logs.items():
         assert "NOT AS CLAIMED" not in text
         assert text.count("exit status 0") == text.count("exit status") > 0
@@ -242,6 +241,15 @@ def test_audits_of_the_demo_found_what_was_claimed():
         if name != "systems":  # 200 probes on one rank and on two
             assert [row[1:4] for row in verdicts] == [["causal", "causal", "0/200"]] * 2
             assert "1 rank(s)" in text and "2 rank(s)" in text
+
+
+def test_planted_cheats_were_found_and_honest_evaluators_not_suspected():
+    rows = [json.loads(line) for line in (ROOT / "logs/audits/cheats.jsonl").open()]
+    assert len(rows) > 40
+    for row in rows:
+        assert row["seeds"] >= 20 and row["found"] == (0 if row["honest"] else row["seeds"]), row
+    told = (ROOT / "logs/audits/own_two_ranks.txt").read_text()
+    assert told.endswith("status 0\n") and told.count(": 1 of 1 as expected") == 17
 
 
 # ---- prose

@@ -109,7 +109,7 @@ def judge(args):
             args.adapter,
             args.targets or 1024,
             args.probes or 256,
-            args.sums,
+            8 if args.sums is None else args.sums,
             args.timeout,
             args.memory,
         )
@@ -135,8 +135,7 @@ def main(argv=None):
     parser.add_argument(
         "--sums",
         type=console.number(int, 0, t.MAX_INT),
-        default=2,
-        help="places to sum probabilities at, a run per token each, where nothing else shows C2; 0: unchecked (default 2)",
+        help="places to sum probabilities at, a run per token each, where nothing else shows C2; 0: unchecked (default 2, of an adapter 8)",
     )
     for name, usual, what in (
         ("--timeout", 60, "seconds that an adapter may take for a stream"),
@@ -159,11 +158,12 @@ def main(argv=None):
     run.log.line = lambda text: None  # no progress lines
     n = min(val.n, max(args.targets or 4096, 2 * c.eval_seq_len) // c.eval_seq_len * c.eval_seq_len)
     c = shrink(c, n)
+    sums = 2 if args.sums is None else args.sums
     reports = []
     for label in c.evals:
         with t.CONSOLE.doing(f"auditing {label}"):
             reports.append(
-                audit(run, model, val.tokens[: n + 1], label, c, args.probes or 96, args.sums)
+                audit(run, model, val.tokens[: n + 1], label, c, args.probes or 96, sums)
             )
     if run.ranks.rank == 0:
         print(

@@ -261,20 +261,24 @@ class Box:
             where = self.sparse_places(k)
             self.summed.update(where.tolist())
             for p, total in zip(where.tolist(), self.round(where), strict=True):
-                off[p] = max(off.get(p, 0.0), abs(total - 1))
+                off[p] = max(off.get(p, 0.0), suspicion(total))
         ranked = sorted(off, key=lambda p: -off[p])
         kinds = kinds_of_places(self.n, self.marks, 64, self.rng)
         worst: dict[int, float] = {}
         lists = [ranked, [*self.odd_residues(nats), *kinds], *self.marks_in_turn()]
-        if self.reach is not None:  # all residues, exactly
+        if self.reach is None:  # places of any kind, some of which the noise of near ones hid
+            lists += [spread(1, self.n + 1, self.rng) for _ in range(2)]
+        else:  # all residues, exactly
             rounds = min(4, -(-PERIOD * (self.reach + 1) // self.n))
             lists += islice(self.groups(1, self.reach + 1), rounds)
         for some in lists:
             where = self.apart(some)
             self.summed.update(where.tolist())
             sums = self.round(where)
-            worst |= {p: abs(total - 1) for p, total in zip(where.tolist(), sums, strict=True)}
-        if self.reach is not None and max(worst.values()) < OFF:  # out of each other's reach: exact
+            worst |= {p: suspicion(total) for p, total in zip(where.tolist(), sums, strict=True)}
+        if (
+            self.reach is not None and max(worst.values()) < OFF / 2
+        ):  # out of each other's reach: exact
             return
         for p in [*sorted(worst, key=lambda p: -worst[p])[:places], self.n][: places + 1]:
             if abs(self.exact(p) - 1) > OFF:
@@ -332,6 +336,11 @@ class Box:
         uneven = any(abs(total - 1) > OFF for total in self.sums.values())
         found = (("C1", self.moved), ("C2", uneven), ("C4", self.wrong))
         return [name for name, wrong in found if wrong]
+
+
+def suspicion(total: float) -> float:
+    """How odd a sum of probabilities is: a look at the token makes it larger than 1, chance as often smaller."""
+    return total - 1 if total > 1 else (1 - total) / 2
 
 
 def probabilities(nats: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ def audited(name, place, seed, vocab_size=32, targets=1024):
     """The box of a case after an audit."""
     model = Model(vocab_size, seed)
     score = scorer({**HONEST, **CHEATS}[name], place, model)
-    return blackbox.Box(score, vocab_size, model.text(targets, seed), (), seed).examine(256, 2)
+    return blackbox.Box(score, vocab_size, model.text(targets, seed), (), seed).examine(256, 8)
 
 
 def every_case():
