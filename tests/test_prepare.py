@@ -222,7 +222,7 @@ class Hub:
             "tokenizers": [{"name": "sp", "model_path": model_path}],
         }
         self.files = {
-            f"datasets/datasets/{name}/fineweb_{s}_{i:06d}.bin": shard(i)
+            f"datasets/datasets/{name}/fineweb_{s}_{i:06d}.bin": shard(i + 100 * (s == "val"))
             for s, n in (("train", shards), ("val", 1))
             for i in range(n)
         } | {f"datasets/{model_path}": tokenizer}
