@@ -202,7 +202,7 @@ class Hub:
         def shard(seed):
             path = tmp_path / "made.bin"
             ids = np.random.default_rng(seed).integers(4, pieces, 500)
-            prepare.write_shard(path, [[1], ids, [1, 7]])
+            prepare.write_shard(path, [[1], ids, [1, 7 + seed]])
             return path.read_bytes()
 
         tokenizer = model or os.urandom(prepare.TOKENIZER_BYTES)
