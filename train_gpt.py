@@ -6115,8 +6115,8 @@ def refuse_validation_text(c: Config, data: TrainData, val: ValData) -> None:
     if share > 0.01 or hit.mean() > 0.1:
         raise BadInput(
             f"DATA_PATH={c.data_path}: training text has {both.sum()} of {(lengths > 0).sum()}"
-            f" validation documents, {100 * share:.1f} % of that text, and {100 * hit.mean():.1f} %"
-            " of its windows; to train or calibrate on that breaks C3."
+            f" validation documents; that is {100 * share:.1f} % of that text and"
+            f" {100 * hit.mean():.1f} % of its windows; to train or calibrate on it breaks C3."
         )
 
 

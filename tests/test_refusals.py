@@ -281,7 +281,7 @@ def test_prepare_says_in_one_line_what_it_cannot_use(made, monkeypatch, capsys):
         ("demo --out empty", "empty"),
         ("fineweb --train-shards -1", "-1: allowed are 0 to 1000000"),
         ("text nosuch --name a", "nosuch: no such file or folder"),
-        ("text folder --name a", "folder: no .txt, .jsonl, .jsonl.zst file"),
+        ("text folder --name a", "folder: no .txt, .py, .jsonl, .jsonl.zst file"),
         ("text binary --name a", "binary: no .txt"),
         ("text a.jsonl --name a", "a.jsonl, line 1: "),
         ("text a.txt --name a", "a.txt: 'utf-8' codec"),
