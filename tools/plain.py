@@ -192,7 +192,7 @@ def plain_model(c, model, device, compile=False):
 
 
 class PlainTrainer:
-    """Muon matrix by matrix, AdamW, clipping, and an average of the state dict tensor by tensor."""
+    """Muon matrix by matrix, AdamW, clipping, and an average of the state dict tensor by tensor; without MUON_PROJECTIONS."""
 
     def __init__(self, c, model):
         self.c, self.model, self.steps = c, model, 0
@@ -205,7 +205,8 @@ class PlainTrainer:
             },
         )
         for name, p in model.named_parameters():
-            groups.setdefault(t.parameter_rule(name).group, []).append(p)
+            group = t.parameter_rule(name).group
+            groups.setdefault("scalar" if group == "proj" else group, []).append(p)
         self.matrices = groups.pop("muon")
         self.adam = torch.optim.AdamW(
             [dict(params=params, rate=rates[kind]) for kind, params in groups.items()],
