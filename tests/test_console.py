@@ -30,7 +30,9 @@ def test_the_listener_finds_the_longest_silence_and_the_line_before():
 
 def test_every_tool_is_listened_to():
     said = " ".join(COMMANDS)
-    tools = [path for path in (ROOT / "tools").glob("*.py") if "console.run(main)" in path.read_text()]
+    tools = [
+        path for path in (ROOT / "tools").glob("*.py") if "console.run(main)" in path.read_text()
+    ]
     assert len(tools) > 8 and not [p for p in tools if f"-m tools.{p.stem}" not in said]
 
 

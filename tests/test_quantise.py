@@ -209,7 +209,9 @@ def test_the_validation_split_has_no_part_in_steps_hessians_or_the_choice_of_an_
 def test_training_on_the_validation_split_is_refused(tmp_path, tiny):
     data = make_tiny_data(tmp_path, targets=2000)
     shutil.copy(tmp_path / "fineweb_val_000000.bin", tmp_path / "fineweb_train_000001.bin")
-    with pytest.raises(t.BadInput, match=r"has (\d+) of \1 validation documents; that is 100.0 % .* C3"):
+    with pytest.raises(
+        t.BadInput, match=r"has (\d+) of \1 validation documents; that is 100.0 % .* C3"
+    ):
         tiny(**data)
 
 
