@@ -406,7 +406,9 @@ class Config:
     eval_seq_len: int = setting(2048, "Tokens of an evaluation window.", low=2, high=10**6)
     eval_stride: int = setting(64, "Targets that a sliding window adds.", low=1, high=10**6)
     ttt_enabled: bool = setting(True, "Score-first test-time training (TTT).")
-    ttt_lr: float = setting(0.002, "TTT's rate of SGD, cosine to 0 over chunks.")
+    ttt_lr: float = setting(
+        0.002, "TTT's rate, cosine to 0 over chunks; with TTT_PARAMS=lora constant."
+    )
     ttt_epochs: int = setting(3, "TTT's passes over a scored chunk.")
     ttt_chunk_tokens: int = setting(
         32768, "Targets of a chunk, after which TTT and CTW learn.", low=1, high=2 * 10**9
@@ -419,23 +421,25 @@ class Config:
         "What TTT trains; control: scales, mixes, gates, gains and skips alone (#1518); lora:"
         " low-rank factors, new ones for each document (#1530).",
     )
-    ttt_lora_rank: int = setting(4, "Rank of the factors.", low=1, high=MAX_INT)
-    ttt_lora_alpha: float = setting(8.0, "The factors' product is times this / TTT_LORA_RANK.")
-    ttt_lora_wd: float = setting(0.0, "Weight decay of the factors: TTT_LR * this a step.")
+    ttt_optimizer: Literal["sgd", "adamw", "rmsprop"] = setting(
+        "sgd", "TTT's optimiser; its state goes on from chunk to chunk."
+    )
+    ttt_lora_rank: int = setting(4, "Rank of lora's factors.", low=1, high=MAX_INT)
+    ttt_lora_alpha: float = setting(
+        8.0, "The product of lora's factors is times this / TTT_LORA_RANK."
+    )
+    ttt_lora_wd: float = setting(0.0, "Weight decay of lora's factors: TTT_LR * this a step.")
     ttt_lora_chunk: int = setting(
-        64, "Targets of a document after which its factors learn.", low=1, high=10**6
+        64, "Targets of a document after which lora's factors learn.", low=1, high=10**6
     )
     ttt_phases: int = setting(
         1,
-        "Equal parts of the stream: after the documents that start in one, all weights learn from"
-        " them, in one pass of SGD (#1610).",
+        "Equal parts of the stream; with lora all weights learn from the documents that start in"
+        " one, after it, in one pass of SGD (#1610).",
         low=1,
         high=MAX_INT,
     )
     ttt_phase_lr: float = setting(0.001, "Rate of that SGD.")
-    ttt_optimizer: Literal["sgd", "adamw", "rmsprop"] = setting(
-        "sgd", "TTT's optimiser; its state goes on from chunk to chunk."
-    )
     ttt_grad_clip: float = setting(1.0, "Cap on the norm of TTT's gradient; 0: none.", high=MAX_INT)
     slot_enabled: bool = setting(True, "SLOT, in TTT's scoring with TTT_ENABLED=1.")
     slot_delta: Literal["shared", "window"] = setting(
@@ -533,7 +537,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "slot48": PR1313 | dict(SLOT_STEPS=48),
     "hypergradient": PR1313 | dict(SLOT_HYPER_LR=1e-5),
     "best": PR1042 | dict(TTT_ENABLED=1),
-    "best_demo": dict(  # as PRESET=demo,best_demo: what helps the demo and costs it no time
+    "best_demo": dict(  # as PRESET=demo,best_demo: what helps and costs training no time
         SLOT_ENABLED=0, EVALS="auto", DATA_ORDER="coprime", MIN_LR=0.05, XSA_LAST_N=4,
         SKIP_GATES_ENABLED=1, NEWTON_SCHULZ="polar_express", MUON_WD=0.085, QUANT="gptq",
         TTT_PARAMS="lora", TTT_OPTIMIZER="adamw", TTT_LR=0.003,
@@ -1837,6 +1841,7 @@ class Run:
 SHARD_START = [20240520, 1]
 DOCUMENT_START = 1  # the token that begins a document
 COMPARED = 2**24  # tokens of a split that are compared with the other's at the start
+WINDOW = 64  # tokens, of what is compared
 SCAN_LIMIT = 2**29  # bytes of a split up to which all token ids are checked at the start
 
 
@@ -2108,7 +2113,8 @@ class ValData:
         self.dropped = len(tokens) - 1 - self.n
         tokens = tokens[: self.n + 1]
         counts = ByteCounts(c.tokenizer_path, c.vocab_size)
-        for name, value in (("DOCUMENTS", "mask"), ("TTT_PARAMS", "lora")):
+        of_documents = dict(DOCUMENTS="mask", TTT_PARAMS="lora", SLOT_RESET="document")
+        for name, value in of_documents.items():
             needed = getattr(c, name.lower()) == value
             if needed and counts.document_start != DOCUMENT_START:
                 raise BadInput(
@@ -2124,6 +2130,53 @@ class ValData:
                 " or a shorter window."
             )
         self.tokens = torch.from_numpy(tokens.astype(np.int64)).to(ranks.device)
+
+
+# Whether training text has a validation document is asked of windows of WINDOW tokens, which stand
+# side by side in it and may stand anywhere in a shard. With h a random number for each token and B
+# an odd one, all modulo 2^64, the hash of tokens x_0 ... x_63 is the sum of h(x_i) B^i: the
+# difference of two running sums over the stream, divided by a power of B.
+
+
+def window_hashes(tokens: np.ndarray) -> np.ndarray:
+    """Hashes [n-63] uint64 of the windows that begin at each of tokens [n]."""
+    words = np.random.default_rng(64).integers(0, 2**64, 2**16, dtype=np.uint64)
+    base = 0x9E3779B97F4A7C15  # odd: it has an inverse
+    up, down = (
+        np.cumprod(np.full(len(tokens), b, np.uint64), dtype=np.uint64)
+        for b in (base, pow(base, -1, 2**64))
+    )
+    sums = np.zeros(len(tokens) + 1, np.uint64)
+    np.cumsum(words[tokens] * up, out=sums[1:])
+    differences = sums[WINDOW:] - sums[:-WINDOW]
+    return differences * down[: len(differences)]
+
+
+def document_windows(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(hash [windows], document [windows], number of windows [documents]) of a stream [n].
+
+    Windows begin behind the token that begins a document; what is left at its end has none.
+    """
+    starts = np.concatenate([[-1], np.flatnonzero(tokens == DOCUMENT_START), [len(tokens)]])
+    counts = (np.diff(starts) - 1) // WINDOW
+    document = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(document)) - (np.cumsum(counts) - counts)[document]
+    at = starts[document] + 1 + WINDOW * number
+    return window_hashes(tokens)[at], document, counts
+
+
+def windows_found(hashes: np.ndarray, shards: Sequence[np.ndarray], most: int) -> np.ndarray:
+    """Which of these windows [n] stand in shards, of each of which `most` tokens are looked at."""
+    keys = np.sort(hashes)
+    found = np.zeros(len(keys), bool)
+    block = 2**20
+    for shard in shards:
+        end = min(len(shard), most)
+        for begin in range(0, end, block):
+            part = window_hashes(shard[begin : min(end, begin + block + WINDOW - 1)])
+            place = np.minimum(np.searchsorted(keys, part), len(keys) - 1)
+            found[place[keys[place] == part]] = True
+    return found[np.searchsorted(keys, hashes)]
 
 
 # ==================================================================================================
@@ -4359,11 +4412,12 @@ class Slot(ScoringMethod):
         if ranks.compile:
             self.gradient = torch.compile(slot_gradient, dynamic=True)
         self.tile = self.KEEP if ranks.cuda else self.TILE
-        self.all_rows = c.slot_loss in ("all", "context", "recent")
+        self.all_rows = self.looks_at_all_rows(c)
         self.by_window = c.slot_delta == "window"
         self.carried = c.slot_loss in CARRIED
         self.carry = self.fresh(1)  # AdamW's state from fit to fit, if it is carried
-        self.mean = self.fresh(1)  # of what it was at documents' ends, and their number
+        self.start = self.fresh(1)[0]  # mean of what was carried at documents' ends
+        self.documents = torch.zeros((), device=ranks.device)  # that have ended
 
     @staticmethod
     def leaks(c: Config) -> bool:
@@ -4371,14 +4425,20 @@ class Slot(ScoringMethod):
         own = c.slot_delta == "window" or c.slot_batch_seqs == 1
         return c.slot_loss not in CARRIED and not (c.slot_loss == "context" and own)
 
+    @staticmethod
+    def looks_at_all_rows(c: Config) -> bool:
+        """Whether a fit needs rows of context too."""
+        return c.slot_loss in ("all", "context", "recent")
+
     def batch_windows(self) -> int | None:
         """SLOT_BATCH_SEQS windows, which share a delta unless each has its own."""
         return self.c.slot_batch_seqs
 
     def state(self) -> dict[str, Tensor]:
         """What is carried from fit to fit."""
-        own = {"carry": self.carry}
-        return own | {"mean": self.mean} if self.c.slot_reset == "document" else own
+        if self.c.slot_reset == "none":
+            return {"carry": self.carry}
+        return {"carry": self.carry, "start": self.start, "documents": self.documents}
 
     def fresh(self, groups: int) -> Tensor:
         """AdamW's state [4,groups,P] at zero."""
@@ -4398,10 +4458,9 @@ class Slot(ScoringMethod):
 
     def usual_rows(self, length: int) -> int:
         """Rows that a window's delta is fitted to, but in the first window and the last."""
-        if self.c.slot_loss in ("all", "recent"):
-            return length - (self.c.slot_loss == "all")
         scored = self.c.eval_stride
-        return length - scored if self.c.slot_loss == "context" else scored
+        rows = {"all": length - 1, "recent": length, "context": length - scored}
+        return rows.get(self.c.slot_loss, scored)
 
     def shift(self, state: Tensor) -> Tensor:
         """Shift s [G,V] of the logits."""
@@ -4497,13 +4556,12 @@ class Slot(ScoringMethod):
         if self.c.slot_decay:
             self.carry[0] *= 1 - self.c.slot_decay
         if self.c.slot_reset == "document":
-            ends = (targets == DOCUMENT_START).any()
-            mean = self.mean[0]
-            self.mean[3] += ends
-            mean += ends * (self.carry[0] - mean) / self.mean[3].clamp(min=1)
-            start = torch.zeros_like(self.carry)
-            start[0] = mean
-            self.carry.copy_(torch.where(ends, start, self.carry))
+            ended = (targets == DOCUMENT_START).any()  # no if: a GPU would be waited for
+            self.documents += ended
+            self.start += ended * (self.carry[0] - self.start) / self.documents.clamp(min=1)
+            anew = torch.zeros_like(self.carry)
+            anew[0] = self.start
+            self.carry.copy_(torch.where(ended, anew, self.carry))
 
     def tell(self, b: Batch, first: int, flat: np.ndarray, shares: np.ndarray) -> None:
         """Tell the observer what the groups from the batch's window `first` on are fitted to."""
@@ -4636,7 +4694,7 @@ def experts(c: Config) -> tuple[str, ...]:
 
 
 def mixture(c: Config, nats: Tensor) -> tuple[Tensor, np.ndarray]:
-    """(nats [N] of a mixture of experts, their mean weights [K]) from the experts' own nats [K,N].
+    """(nats [N] of a mixture of experts, their mean weights [K]) from their nats [K,N], on the CPU.
 
     Fixed share (Herbster and Warmuth 1998): a target's probability is the mean of the experts' by
     weights in proportion to what each gave to the targets before; after a block of MIX_BLOCK
@@ -4649,7 +4707,7 @@ def mixture(c: Config, nats: Tensor) -> tuple[Tensor, np.ndarray]:
     mixed = np.empty(n)
     total = np.zeros(K)
     for begin in range(0, n, c.mix_block):
-        own = nats[:, begin : begin + c.mix_block].cpu().double().numpy()
+        own = nats[:, begin : begin + c.mix_block].double().numpy()
         past = np.cumsum(own, 1) - own
         share = log_weights - past
         share -= np.logaddexp.reduce(share, 0)
@@ -4657,7 +4715,8 @@ def mixture(c: Config, nats: Tensor) -> tuple[Tensor, np.ndarray]:
         total += np.exp(share).sum(1)
         log_weights -= own.sum(1, keepdims=True)
         weights = np.exp(log_weights - np.logaddexp.reduce(log_weights, 0))
-        log_weights = np.log((1 - c.mix_share) * weights + c.mix_share / K + 1e-300)
+        shared = (1 - c.mix_share) * weights + c.mix_share / K
+        log_weights = np.log(shared + 1e-300)  # MIX_SHARE=0 can leave an expert nothing
     return torch.from_numpy(mixed), total / n
 
 
@@ -5092,7 +5151,8 @@ def score(
     """
     if EVALUATORS[jobs[0][0]].ttt and jobs[0][1].ttt_params == "lora":
         alone = DocumentPass(jobs[0][1], run.ranks, model, val, observer)
-        return alone.score(run, watch or Stopwatch(run.ranks, 1), checkpoint)
+        found = alone.score(run, watch or Stopwatch(run.ranks, 1), checkpoint)
+        return found * len(jobs)  # which are all the same
     work = Pass(run, model, val, jobs, observer)
     names = "+".join(dict.fromkeys(name for name, _ in jobs))
     ranks, out = work.ranks, work.out
@@ -5226,7 +5286,7 @@ class DocumentPass:
         if c.ttt_phases > 1:
             sgd = functools.partial(torch.optim.SGD, momentum=c.ttt_momentum)
             self.trainer = ChunkTrainer(c, ranks, model, sgd, c.ttt_freeze_blocks)
-        model.requires_grad_(False)
+        model.requires_grad_(False)  # until put_back() ends: factors learn, weights do not
 
     def by_length(self, documents: np.ndarray) -> list[np.ndarray]:
         """Batches of these documents, those with the most chunks first."""
@@ -5372,7 +5432,8 @@ def evaluate(
             nats |= kept_nats(run, val, weights, group)
             done = nats.keys() >= {*group}
         if not done:
-            nats |= evaluate_pass(c, run, model, val, weights, labels=group, keep=mix)
+            found = evaluate_pass(c, run, model, val, weights, labels=group, keep=mix)
+            nats |= found if mix else {}
             remove_files(run, "progress_*")
     if mix:
         log_mixture(c, run, val, weights, nats)
@@ -5414,7 +5475,7 @@ def evaluate_pass(
 
 
 def remove_files(run: Run, kind: str) -> None:
-    """Remove what a finished evaluation was resumed from."""
+    """Remove what an evaluation is resumed from."""
     if run.ranks.rank == 0:
         for path in run.store.paths(kind):
             path.unlink()
@@ -6070,53 +6131,25 @@ def refuse_phases(c: Config, val: ValData) -> None:
         )
 
 
-def window_hashes(tokens: np.ndarray) -> np.ndarray:
-    """Hashes [n-63] uint64 of the 64 tokens from each of tokens [n] on: sums of h(token) B^place.
-
-    Modulo 2^64, divided by the power of the first place: equal windows have equal hashes anywhere.
-    """
-    words = np.random.default_rng(64).integers(0, 2**64, 2**16, dtype=np.uint64)
-    base = 0x9E3779B97F4A7C15  # odd: it has an inverse
-    up, down = (np.full(len(tokens), b, np.uint64) for b in (base, pow(base, -1, 2**64)))
-    sums = np.cumsum(words[tokens] * np.cumprod(up, dtype=np.uint64), dtype=np.uint64)
-    sums = np.concatenate([np.zeros(1, np.uint64), sums])
-    down = np.cumprod(down, dtype=np.uint64)[: max(0, len(sums) - 64)]
-    return (sums[64:] - sums[:-64]) * down
-
-
 @CONSOLE.doing("comparing training and validation text")
 def refuse_validation_text(c: Config, data: TrainData, val: ValData) -> None:
     """Raises BadInput if over 1 % of the validation text is documents that the training text has.
 
-    Or 10 % of their windows of 64 tokens, which stand side by side in each. Training text has a
-    document if it has two thirds of its windows, anywhere. Of more than COMPARED tokens only the
-    beginnings of shards are looked at; tools/documents.py compares any size.
+    Or 10 % of their windows. Training text has a document if it has two thirds of its windows,
+    anywhere. Of more than COMPARED tokens only the beginnings of shards are looked at;
+    tools/documents.py compares any size.
     """
-    tokens = val.tokens[:COMPARED].cpu().numpy()
-    starts = np.concatenate([[-1], np.flatnonzero(tokens == DOCUMENT_START), [len(tokens)]])
-    lengths = (np.diff(starts) - 1) // 64  # windows of each document
-    document = np.repeat(np.arange(len(lengths)), lengths)
-    number = np.arange(len(document)) - (np.cumsum(lengths) - lengths)[document]
-    at = starts[document] + 1 + 64 * number
-    if not len(at):
+    hashes, document, windows = document_windows(val.tokens[:COMPARED].cpu().numpy())
+    if not len(hashes):
         return
-    hashes = window_hashes(tokens)[at]
-    keys = np.sort(hashes)
-    found = np.zeros(len(keys), bool)
-    for shard in [*data.shards, data.held_out]:
-        some = min(len(shard), COMPARED // len(data.shards))
-        for begin in range(0, some, 2**20):
-            part = window_hashes(shard[begin : min(some, begin + 2**20 + 63)])
-            place = np.minimum(np.searchsorted(keys, part), len(keys) - 1)
-            found[place[keys[place] == part]] = True
-    hit = found[np.searchsorted(keys, hashes)]
-    both = (lengths > 0) & (3 * np.bincount(document, hit, len(lengths)) >= 2 * lengths)
+    found = windows_found(hashes, [*data.shards, data.held_out], COMPARED // len(data.shards))
+    both = (windows > 0) & (3 * np.bincount(document, found, len(windows)) >= 2 * windows)
     share = both[document].mean()
-    if share > 0.01 or hit.mean() > 0.1:
+    if share > 0.01 or found.mean() > 0.1:
         raise BadInput(
-            f"DATA_PATH={c.data_path}: training text has {both.sum()} of {(lengths > 0).sum()}"
+            f"DATA_PATH={c.data_path}: training text has {both.sum()} of {(windows > 0).sum()}"
             f" validation documents; that is {100 * share:.1f} % of that text and"
-            f" {100 * hit.mean():.1f} % of its windows; to train or calibrate on it breaks C3."
+            f" {100 * found.mean():.1f} % of its windows; to train or calibrate on it breaks C3."
         )
 
 
@@ -6149,9 +6182,8 @@ def forget_scores(run: Run) -> None:
     run.log.line("the artifact is not as it was before: it is evaluated from the beginning")
     of_artifact = ("pass_artifact", "final_artifact", "eval_total")
     run.log.rows = {n: row for n, row in run.log.rows.items() if not n.startswith(of_artifact)}
-    if run.ranks.rank == 0:
-        for path in [*run.store.paths("progress_artifact*"), *run.store.paths("scored_artifact*")]:
-            path.unlink()
+    for kind in ("progress_artifact*", "scored_artifact*"):
+        remove_files(run, kind)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ LAST = "logs/seed1/checkpoint.000000004.ckpt"
 ARTIFACT = "--artifact logs/seed1/final_model.ptz"
 COMMANDS = (
     "python data/prepare.py demo",
-    "python data/prepare.py text logs/demo/seed*.txt --val logs/demo/best_seed42.txt --name mine",
+    "python data/prepare.py text tools --val train_gpt.py --name mine",
     "python train_gpt.py --help",
     "python train_gpt.py --pack packed.py",
     f"{RUN} RUN_ID=seed1 SEED=1 EVALS=sliding_window,ttt_slot TTT_EPOCHS=1 SLOT_STEPS=1 SAVE_NLL=1",

@@ -240,20 +240,28 @@ def test_an_audit_finds_the_others_causal_unless_the_weights_saw_the_validation_
         assert label in ("roundtrip", "sliding_window") or report["uses"] > 0
 
 
-@pytest.mark.parametrize(
-    "loss,delta",
-    [("context", "window"), ("past", "shared"), ("past", "window"), ("recent", "window")],
-)
-def test_causal_modes_survive_two_hundred_probes(loss, delta, stream):
-    c = config(
-        **{**SMALL, "VOCAB_SIZE": "384"},
-        SLOT_DELTA=delta,
-        SLOT_BIAS="1",
-        SLOT_LOSS=loss,
-        SLOT_BATCH_SEQS="4",
-    )
+PAST = dict(SLOT_LOSS="past", SLOT_DELTA="window", SLOT_BIAS="1", SLOT_BATCH_SEQS="4")
+RESET = PAST | dict(SLOT_RESET="document", SLOT_DECAY="0.1")
+CAUSAL = {
+    "context": ("slot", PAST | dict(SLOT_LOSS="context")),
+    "past of a batch": ("slot", PAST | dict(SLOT_DELTA="shared")),
+    "past": ("slot", PAST),
+    "past, reset": ("slot", RESET),
+    "recent, reset": ("slot", RESET | dict(SLOT_LOSS="recent")),
+    "control and past": ("ttt_slot", RESET | dict(TTT_PARAMS="control", TTT_OPTIMIZER="adamw")),
+    "ttt by rmsprop": ("ttt", dict(TTT_OPTIMIZER="rmsprop")),
+    "mix": ("mix", RESET | dict(EVALS="sliding_window,slot,ttt,mix", MIX_BLOCK="16")),
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_causal_modes_survive_two_hundred_probes(name, stream):
+    """Documents begin in the stream, and a changed token may begin one."""
+    label, changes = CAUSAL[name]
+    c = config(**{**SMALL, "VOCAB_SIZE": "384"}, TTT_LR="0.003", **changes)
     (run, val), model = stream(c, 240), random_model(c, scale=0.6)
-    box = evaluators.Evaluation(run, model, val.tokens, "slot", c, seed=3)
+    val.tokens[[40, 41, 130, 200]] = t.DOCUMENT_START
+    box = evaluators.Evaluation(run, model, val.tokens, label, c, seed=3)
     for p in blackbox.kinds_of_places(val.n, box.marks, 200, box.rng):
         box.alone(p)
     assert len(box.tested) == 200 and not box.moved and not any(box.looked.values())

@@ -147,41 +147,48 @@ def mixed_rows(rows, k, of=None):
     return found
 
 
-def score_rows(run, model, val, rows, mixes):
-    """[(nats [N] fp64, seconds)] of rows; those with equal windows and training share a pass. mixes: as in ablate()."""
-    passes, found, base = {}, [None] * len(rows), {}
+def passes_of(rows):
+    """Numbers of the rows that each pass over the model scores: those with equal windows, training, and rows of the last block."""
+    passes = {}
     for k, (_, label, c, *_) in enumerate(rows):
         if t.EVALUATORS[label].mixes:
             continue
-        names = ("ttt_", "eval_s", "val_batch")
-        shared = {"all_rows": False}
-        shared |= {n: v for n, v in vars(c).items() if n.startswith(names)}
-        batch = c.slot_batch_seqs if label.endswith("slot") else None
-        if label.endswith("slot"):  # the trunk's last block gives it more rows, which takes longer
-            shared["all_rows"] = c.slot_loss in ("all", "context", "recent")
-        key = (t.pass_of(label), tuple(shared.values()) if label != "roundtrip" else ())
+        slot = label.endswith("slot")
+        shared = [v for n, v in vars(c).items() if n.startswith(("ttt_", "eval_s", "val_batch"))]
+        shared.append(slot and t.Slot.looks_at_all_rows(c))
+        batch = c.slot_batch_seqs if slot else None
+        key = (t.pass_of(label), tuple(shared) if label != "roundtrip" else ())
         same = next(
             (p for p in passes if p[0] == key and (p[1] is None or batch is None or p[1] == batch)),
             None,
         )
         members = passes.pop(same, []) if same else []
         passes[key, batch if same is None or same[1] is None else same[1]] = [*members, k]
-    for members in passes.values():
+    return list(passes.values())
+
+
+def score_rows(run, model, val, rows, mixes):
+    """[(nats [N] fp64, seconds)] of rows, pass by pass, then the mixtures. mixes: as in ablate()."""
+    found, trunk = (
+        [None] * len(rows),
+        {},
+    )  # trunk: {row: (its pass, seconds that the pass's rows share)}
+    for number, members in enumerate(passes_of(rows)):
         watch = t.Stopwatch(run.ranks, len(members))
         with t.put_back(model.parameters()):
             results = t.score(run, model, val, [rows[k][1:3] for k in members], watch=watch)
-        shared = watch.elapsed() - watch.by_method().sum()
+        seconds_shared = watch.elapsed() - watch.by_method().sum()
         for k, (nats, seconds) in zip(members, results):
             found[k] = nats.double().cpu().numpy(), seconds
-            base[k] = members[0], shared
-    for k, (_, label, c, *_) in enumerate(rows):
+            trunk[k] = number, seconds_shared
+    for k, (name, label, c, *_) in enumerate(rows):
         if t.EVALUATORS[label].mixes:
-            parts = mixed_rows(rows, k, mixes.get(rows[k][0]))
+            parts = mixed_rows(rows, k, mixes.get(name))
             nats, weights = t.mixture(c, torch.from_numpy(np.stack([found[j][0] for j in parts])))
-            own = sum(found[j][1] - base[j][1] for j in parts)  # what a pass shares counts once
-            found[k] = nats.numpy(), own + sum(dict(base[j] for j in parts).values())
+            own = sum(found[j][1] - trunk[j][1] for j in parts)
+            found[k] = nats.numpy(), own + sum(dict(trunk[j] for j in parts).values())
             named = " ".join(f"{rows[j][0]}: {w:.4f}" for j, w in zip(parts, weights))
-            run.log.line(f"mean weights of {rows[k][0]}: {named}")
+            run.log.line(f"mean weights of {name}: {named}")
     return found
 
 
