@@ -1,6 +1,8 @@
 """The ladder: how much each way of adapting while scoring gains on ONE artifact, and what it costs in seconds.
 
     python -m tools.ladder --artifact logs/my_run/final_model.ptz --run-id ladder/mine --tune data/datasets/other
+    python -m tools.ladder --artifact logs/my_run/final_model.ptz --run-id ladder/mine --tune data/datasets/other \\
+        --rung "SLOT context" --rung TTT    # these, the two stacked and mixed
     python -m tools.ladder --run-id ladder/mine --redraw    # only the figure
 
 Each rung has its own best rate, so the rates come first: every rung is scored with each of its settings on the validation split
@@ -38,20 +40,23 @@ RUNGS = {
         "slot SLOT_LOSS=context SLOT_DELTA=window SLOT_BIAS=1",
         {"SLOT_STEPS": "8,24", "SLOT_LR": "0.001,0.003,0.01"},
     ),
-    "SLOT past, a batch": (f"slot {PAST}", {"SLOT_STEPS": "1,3", "SLOT_LR": "0.0003,0.001,0.003"}),
+    "SLOT past, a batch": (
+        f"slot {PAST}",
+        {"SLOT_STEPS": "1,3", "SLOT_LR": "0.0003,0.001,0.003,0.01"},
+    ),
     "SLOT past": (
         f"slot {PAST} SLOT_DELTA=window",
-        {"SLOT_STEPS": "1,3", "SLOT_LR": "0.0003,0.001,0.003"},
+        {"SLOT_STEPS": "1,3", "SLOT_LR": "0.0003,0.001,0.003,0.01"},
     ),
     "SLOT past, reset": (
         f"slot {PAST} SLOT_DELTA=window SLOT_RESET=document",
-        {"SLOT_STEPS": "1,3", "SLOT_LR": "0.0003,0.001,0.003"},
+        {"SLOT_STEPS": "1,3", "SLOT_LR": "0.0003,0.001,0.003,0.01"},
     ),
     "SLOT recent": (
         "slot SLOT_LOSS=recent SLOT_BIAS=1 SLOT_DELTA=window SLOT_RESET=document",
         {"SLOT_STEPS": "1,3", "SLOT_LR": "0.001,0.003"},
     ),
-    "TTT": ("ttt", {"TTT_LR": "0.002,0.006,0.02"}),
+    "TTT": ("ttt", {"TTT_LR": "0.002,0.006,0.02,0.06"}),
     "TTT, AdamW": ("ttt TTT_OPTIMIZER=adamw", {"TTT_LR": "0.00003,0.0001,0.0003"}),
     "TTT, control": (
         "ttt TTT_PARAMS=control TTT_OPTIMIZER=adamw",
@@ -87,20 +92,27 @@ class Head:
         self.total_bytes = int(self.bytes.sum())
 
 
+def rungs_of(mix):
+    """The rungs that a mixture has the nats of, stacked or not; that of all takes what there is."""
+    return {rung for part in MIXES[mix] or () for rung in STACKS.get(part, (part,))}
+
+
 def settings_of(row):
     """The settings in a row's words, as they were written."""
     return row.split(" ", 1)[1] if " " in row else ""
 
 
-def chosen_rows(run, model, tune, env, base):
-    """{rung: its row with the settings that scored best on the tuning text}."""
+def chosen_rows(run, model, tune, env, base, rungs):
+    """{rung: its row with the settings that scored best on the tuning text} of these rungs."""
     rows = []
-    for name, (row, grid) in RUNGS.items():
+    for name in rungs:
+        row, grid = RUNGS[name]
         parsed = ablate.parse_row(f"tune {name}={row}", env, base)
         rows += ablate.cross([parsed], [(n, values.split(",")) for n, values in grid.items()])
     found = ablate.ablate(run, model, tune, rows)
     chosen = {}
-    for name, (row, _) in RUNGS.items():
+    for name in rungs:
+        row, _ = RUNGS[name]
         best = min((r for r in found if r["base"] == f"tune {name}"), key=lambda r: r["val_loss"])
         values = " ".join(f"{n}={v}" for n, v in best["grid"].items())
         chosen[name] = f"{row} {values}".strip()
@@ -109,12 +121,14 @@ def chosen_rows(run, model, tune, env, base):
 
 
 def ladder_rows(chosen):
-    """Rows to score: the rungs, the stacks of them, what leaks, and the mixture."""
+    """Rows to score: the rungs, what leaks, and the stacks and mixtures of the rungs."""
     stacks = {
         name: f"ttt_slot {settings_of(chosen[a])} {settings_of(chosen[b])}"
         for name, (a, b) in STACKS.items()
+        if {a, b} <= {*chosen}
     }
-    return {**chosen, **stacks, **LEAKS, **dict.fromkeys(MIXES, "mix")}
+    mixes = dict.fromkeys((name for name in MIXES if rungs_of(name) <= {*chosen}), "mix")
+    return {**chosen, **stacks, **LEAKS, **mixes}
 
 
 def frontier(rows):
@@ -206,6 +220,13 @@ def main(argv=None):
         parser.add_argument(
             name, type=console.number(int, 1, t.MAX_INT), default=default, help=what
         )
+    parser.add_argument(
+        "--rung",
+        action="append",
+        choices=RUNGS,
+        metavar="NAME",
+        help=f"only this one and sliding, may be repeated ({'; '.join(RUNGS)})",
+    )
     parser.add_argument("--title", default="", help="title of the figure")
     parser.add_argument("--redraw", action="store_true", help="only draw the figure again")
     args = parser.parse_args(argv)
@@ -218,15 +239,16 @@ def main(argv=None):
     env = {**os.environ, "RUN_ID": args.run_id, "RESUME": "0"}
     run, c, model, tune, val = load(args.artifact, args.tune, env)
     tune, val = Head(tune, args.tune_targets), Head(val, args.targets)
-    for row in ladder_rows({name: row for name, (row, _) in RUNGS.items()}).values():
+    rungs = [name for name in RUNGS if not args.rung or name in ("sliding", *args.rung)]
+    for row in ladder_rows({name: RUNGS[name][0] for name in rungs}).values():
         ablate.parse_row(row, env, c)  # before anything is written: the settings go together
     run.log.start()
-    chosen = chosen_rows(run, model, tune, env, c)
+    chosen = chosen_rows(run, model, tune, env, c, rungs)
     rows = [
         (*ablate.parse_row(f"{name}={row}", env, c), name, {})
         for name, row in ladder_rows(chosen).items()
     ]
-    mixes = {name: of for name, of in MIXES.items() if of}
+    mixes = {name: of for name, of in MIXES.items() if of and rungs_of(name) <= {*rungs}}
     results = ablate.ablate(run, model, val, rows, mixes)
     if run.ranks.rank == 0:
         ablate.write_results(results, run.log.folder / "ladder.csv")
