@@ -106,8 +106,8 @@ class Box:
             self.normalisation(sums)
         return self
 
-    def run(self, tokens: np.ndarray) -> np.ndarray:
-        """Nats [n] of a stream."""
+    def run(self, tokens: np.ndarray, needed: int | None = None) -> np.ndarray:
+        """Nats [n] of a stream; a scorer that can be stopped stops after the first `needed` targets."""
         self.runs += 1
         return self.score(tokens)
 
@@ -135,9 +135,13 @@ class Box:
         tokens[p + 1 :] = others
         return tokens
 
-    def alone(self, p: int, kind: int | None = None) -> np.ndarray:
-        """Change token p, with a kind of turned() all after it, and compare all nats before; returns whose nats moved [n]."""
-        after = self.run(self.changed([p]) if kind is None else self.turned(p, kind))
+    def alone(self, p: int, kind: int | None = None, whole: bool = True) -> np.ndarray:
+        """Change token p, with a kind of turned() all after it, and compare all nats before; returns whose nats moved [n].
+
+        whole: score what comes after p too.
+        """
+        tokens = self.changed([p]) if kind is None else self.turned(p, kind)
+        after = self.run(tokens, None if whole else p)
         moved = after != self.base
         self.tested.add(p)
         if moved[: p - 1].any():
@@ -187,8 +191,8 @@ class Box:
         for k, p in enumerate(order):
             if len(self.moved) >= ENOUGH or self.runs - begun >= count:
                 return
-            if p not in self.tested or k % 2:
-                self.alone(p, k // 2 % 3 if k % 2 else None)
+            if p not in self.tested or k % 2:  # some whole: nats may be changed after the last one
+                self.alone(p, k // 2 % 3 if k % 2 else None, whole=self.runs % 8 == 0)
 
     def causality_in_groups(self, last: int) -> None:
         """Runs that change many tokens each, up to run number `last`."""

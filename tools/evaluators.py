@@ -22,6 +22,10 @@ from tools import blackbox
 NEAR = 1e-4  # nats in single precision, and the same by another way
 
 
+class EnoughError(Exception):
+    """All targets that are needed are scored; its value: the nats [n] so far."""
+
+
 class Stream:
     """What train_gpt.score needs of validation data: tokens [n+1]."""
 
@@ -159,9 +163,13 @@ class Ledger(t.Observer):
         return self.ranks.sum(wide.to(self.ranks.device)).cpu().double().numpy()
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """See what goes through row_nll, and when a carried delta is fitted."""
+    def watching(self, needed: int | None = None) -> Iterator[None]:
+        """See what goes through row_nll, and when a carried delta is fitted.
+
+        Raises EnoughError after the first `needed` targets of a pass on one rank.
+        """
         row_nll, cross_entropy, fit = t.row_nll, F.cross_entropy, t.Slot.fit
+        score_batch = t.score_batch
 
         def seen(logits: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
             self.went_through(logits)
@@ -176,7 +184,17 @@ class Ledger(t.Observer):
                 self.fit()
             fit(slot, *words, **more)
 
-        with mock.patch.object(t, "row_nll", watched), mock.patch.object(t.Slot, "fit", timed):
+        def stopped(work: t.Pass, windows: slice) -> Any:
+            moment = score_batch(work, windows)
+            if needed and self.ranks.world == 1 and work.out[-1, :needed].all():
+                raise EnoughError(work.out[0])
+            return moment
+
+        with (
+            mock.patch.object(t, "row_nll", watched),
+            mock.patch.object(t.Slot, "fit", timed),
+            mock.patch.object(t, "score_batch", stopped),
+        ):
             yield
 
 
@@ -196,21 +214,30 @@ class Evaluation(blackbox.Box):
         marks = boundaries(c, run, label, len(tokens) - 1)
         if by_documents(c, label):
             marks = chunk_ends(c, tokens)
-        super().__init__(self.watched, c.vocab_size, tokens.cpu().numpy(), marks, seed)
+        self.shown = False  # whether nats are those of what went through row_nll
+        super().__init__(self.run, c.vocab_size, tokens.cpu().numpy(), marks, seed)
         self.shown = self.shows()
 
-    def watched(self, tokens: np.ndarray) -> np.ndarray:
-        """Nats [n] fp64 of a stream, with a ledger; that of the first run stays."""
+    def run(self, tokens: np.ndarray, needed: int | None = None) -> np.ndarray:
+        """Nats [n] fp64 of a stream, with a ledger; that of the first run stays.
+
+        Those after the first `needed` targets may be the first run's, if nats are what row_nll gave.
+        """
+        self.runs += 1
         mixes = t.EVALUATORS[self.label].mixes
         ledger = Ledger(self.c, self.label, len(tokens) - 1, self.run_.ranks, not self.ledger)
         if self.ledger:  # where tokens stand alone, or before a changed rest, p_t must not move
             changed = np.flatnonzero(tokens[1:] != self.tokens[1:])
             ledger.wanted[changed if len(changed) < self.n // 8 else changed[:1]] = True
-        with contextlib.nullcontext() if mixes else ledger.watching():
-            stream = torch.from_numpy(tokens).to(self.device)
-            observer = t.SILENT if mixes else ledger
-            nats = score(self.run_, self.model, stream, self.label, self.c, observer)
         self.now = ledger
+        stream = torch.from_numpy(tokens).to(self.device)
+        observer = t.SILENT if mixes else ledger
+        watching = ledger.watching(needed if self.shown else None)
+        try:
+            with contextlib.nullcontext() if mixes else watching:
+                nats = score(self.run_, self.model, stream, self.label, self.c, observer)
+        except EnoughError as enough:
+            return np.append(enough.args[0][:needed].double().cpu(), self.base[needed:])
         self.ledger = self.ledger or ledger
         return nats.double().numpy()
 
@@ -246,9 +273,9 @@ class Evaluation(blackbox.Box):
             tokens[begins] = t.DOCUMENT_START
         return tokens
 
-    def alone(self, p: int, kind: int | None = None) -> np.ndarray:
+    def alone(self, p: int, kind: int | None = None, whole: bool = True) -> np.ndarray:
         """As that of a black box; and the vector at p is compared too."""
-        moved = super().alone(p, kind)
+        moved = super().alone(p, kind, whole)
         self.looked[p] = self.looked_at(p)
         return moved
 
