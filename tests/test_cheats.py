@@ -3,11 +3,15 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, config, random_model, t
 
 sys.path.insert(0, str(ROOT / "tests/cheats"))
 import own
+
+from tools import evaluators
 
 
 @pytest.mark.parametrize("name", own.CASES)
@@ -16,6 +20,31 @@ def test_a_planted_cheat_is_found(name):
     report = own.audited(name, seed=0)
     assert expected in report["broken"] if expected else not report["broken"], report
     assert report["ok"] == (not expected), report
+
+
+def test_a_run_ends_where_the_changed_token_was_scored_with_the_same_verdict(monkeypatch):
+    c = config(**{**own.BASE, **own.MORE, "EVALS": "ttt"})
+    run, model = t.Run(c), random_model(c, seed=1, scale=0.6)
+    run.ranks.connect()
+    tokens = torch.from_numpy(np.random.default_rng(1).integers(4, c.vocab_size, own.N + 1))
+    weights = {name: w.clone() for name, w in model.state_dict().items()}
+    box = evaluators.Evaluation(run, model, tokens, "ttt", c)
+    windows = []
+    score_batch = t.score_batch
+    monkeypatch.setattr(
+        t, "score_batch", lambda work, s: windows.append(s.stop) or score_batch(work, s)
+    )
+    for p in (2, own.N // 2, own.N):
+        windows.clear()
+        whole = box.alone(p)
+        last, looked = windows[-1], box.looked.pop(p)
+        windows.clear()
+        box.rng = np.random.default_rng(1)
+        stopped = box.alone(p, whole=False)
+        assert looked == box.looked[p] == 0 and not box.moved
+        assert not whole[: p - 1].any() and not stopped[: p - 1].any() and not stopped[p:].any()
+        assert windows[-1] == last if p == own.N else windows[-1] * own.N < (p + 128) * last
+    assert all(w.equal(weights[name]) for name, w in model.state_dict().items())
 
 
 @pytest.mark.slow

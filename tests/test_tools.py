@@ -330,6 +330,13 @@ def test_a_ladder_stacks_and_mixes_what_was_best_on_the_other_text(made):
     assert not set(mixed["mix of all"]) & set(ladder.LEAKS) and len(mixed["mix of all"]) == 16
 
 
+def test_a_ladder_of_some_rungs_has_the_stacks_and_mixtures_of_these_alone():
+    chosen = {name: ladder.RUNGS[name][0] for name in ("sliding", "SLOT context", "TTT, control")}
+    added = [name for name in ladder.ladder_rows(chosen) if name not in chosen]
+    stack, mix = "TTT, control + SLOT context", "mix of TTT, control, SLOT context"
+    assert added == [stack, *ladder.LEAKS, mix, "mix of all"]
+
+
 def test_the_frontier_has_what_nothing_causal_beats_in_less_time():
     rows = [(1, 2.0, True), (2, 1.0, False), (3, 1.9, True), (4, 1.95, True), (5, 1.8, True)]
     rows = [dict(seconds=s, val_bpb=bpb, causal=causal) for s, bpb, causal in rows]

@@ -17,6 +17,8 @@ from tools import console
 if __name__ == "__main__":
     console.begin()
 
+import functools
+import itertools
 import re
 import statistics
 from collections.abc import Callable
@@ -301,11 +303,28 @@ def ladder_lines() -> list[str]:
     return table("rung | val_bpb | to sliding | seconds | causal", rows)
 
 
-def chosen_lines() -> list[str]:
-    """What was chosen for each rung of the ladder."""
-    text = console.read_text(LOGS / "ladder" / "demo_ladder.txt")
+def chosen_lines(name: str = "demo_ladder") -> list[str]:
+    """What was chosen for each rung of a ladder."""
+    text = console.read_text(LOGS / "ladder" / f"{name}.txt")
     words = re.findall(r"^chosen for ([^:\n{]+): \w+ (.+)$", text, re.M)
     return table("rung | settings", [[rung, f"`{settings}`"] for rung, settings in words])
+
+
+WEB = {"web200_ladder": "200 steps", "web800_ladder": "800 steps"}
+
+
+def web_lines() -> list[str]:
+    """The ladders on models that were trained for so many steps, on web text."""
+    ladders = [ladder_rows(name) for name in WEB]
+    rows = []
+    for name, first in ladders[0].items():
+        cells = ([interval(found[name]), f"{found[name]['seconds']:.0f}"] for found in ladders)
+        rows.append([name, *itertools.chain(*cells), "yes" if first["causal"] else "no"])
+    heads = [
+        f"{steps}, {found['sliding']['val_bpb']:.4f} | seconds"
+        for steps, found in zip(WEB.values(), ladders, strict=True)
+    ]
+    return table(f"rung | {' | '.join(heads)} | causal", rows)
 
 
 def ctw_lines() -> list[str]:
@@ -512,6 +531,8 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "honest": honest_lines,
     "ladder": ladder_lines,
     "chosen": chosen_lines,
+    "web": web_lines,
+    "web-chosen": functools.partial(chosen_lines, "web800_ladder"),
     "ctw": ctw_lines,
     "quantisers": quantiser_lines,
     "landing": landing_lines,

@@ -1,8 +1,10 @@
 """Cheats in the evaluators of train_gpt.py itself: each a function that patches the script, for tools.audit to find.
 
+python tests/cheats/own.py --seeds 20 --probes 200
 torchrun --standalone --nproc_per_node=2 tests/cheats/own.py --seeds 2      # on two ranks
 """
 
+import argparse
 import contextlib
 import os
 import sys
@@ -221,6 +223,23 @@ def touched_up():
 
 N = 512
 CONTEXT, PAST = dict(SLOT_LOSS="context", SLOT_DELTA="window"), dict(SLOT_LOSS="past")
+RESET = dict(SLOT_LOSS="past", SLOT_DELTA="window", SLOT_RESET="document", SLOT_DECAY="0.1")
+CONTROL = dict(TTT_PARAMS="control", TTT_OPTIMIZER="adamw")
+LORA = dict(TTT_PARAMS="lora", TTT_OPTIMIZER="adamw", TTT_LORA_CHUNK="8")
+HONEST = {  # evaluator, settings
+    "sliding_window": ("sliding_window", {}),
+    "ttt": ("ttt", {}),
+    "control vectors": ("ttt", CONTROL),
+    "factors": ("ttt", LORA),
+    "factors in phases": ("ttt", LORA | dict(TTT_PHASES="2")),
+    "context": ("slot", CONTEXT),
+    "past": ("slot", PAST),
+    "past, reset": ("slot", RESET | dict(SLOT_BIAS="1")),
+    "recent, reset": ("slot", RESET | dict(SLOT_LOSS="recent")),
+    "past on ttt": ("ttt_slot", RESET | dict(TTT_OPTIMIZER="rmsprop")),
+    "ctw": ("ctw", {}),
+    "mix": ("mix", RESET | dict(EVALS="sliding_window,slot,ttt,mix", MIX_BLOCK="16")),
+}
 CASES = {  # name: (patch, evaluator, settings, what must be found)
     "h6": (h6, "sliding_window", {}, "C2"),
     "h4": (h4, "sliding_window", {}, "C2"),
@@ -235,32 +254,33 @@ CASES = {  # name: (patch, evaluator, settings, what must be found)
     "SLOT fits the first scored row": (fits_first_row, "slot", CONTEXT, "C3"),
     "SLOT learns before scoring": (learns_before_scoring, "slot", PAST, "C3"),
     "CTW counts first": (counts_first, "ctw", {}, "C1"),
-    "nothing": (contextlib.nullcontext, "sliding_window", {}, ""),
-    "nothing, ttt": (contextlib.nullcontext, "ttt", {}, ""),
-    "nothing, context": (contextlib.nullcontext, "slot", CONTEXT, ""),
-    "nothing, past": (contextlib.nullcontext, "slot", PAST, ""),
-    "nothing, ctw": (contextlib.nullcontext, "ctw", {}, ""),
+    **{f"nothing, {name}": (contextlib.nullcontext, *of, "") for name, of in HONEST.items()},
 }
 
 
-def audited(name, seed):
-    """The report of a case."""
+def audited(name, seed, probes=96):
+    """The report of a case, after so many runs that change tokens."""
     from conftest import config, random_model
 
     patch, label, settings, _ = CASES[name]
-    c = config(**{**BASE, **MORE, **settings, "EVALS": label})
+    c = config(**{**BASE, **MORE, "EVALS": label, **settings})
     run, model = t.Run(c), random_model(c, seed=seed, scale=0.6)
     run.ranks.connect()
     tokens = torch.from_numpy(np.random.default_rng(seed).integers(4, c.vocab_size, N + 1))
+    tokens[[100, 101, 230, 400]] = t.DOCUMENT_START
     with patch():
-        return evaluators.audit(run, model, tokens, label, c, seed=seed)
+        return evaluators.audit(run, model, tokens, label, c, probes, seed=seed)
 
 
 def main():
     """All cases on as many seeds; exit status 1 if one is not what it should be."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--probes", type=int, default=96, help="runs that change tokens")
+    args = parser.parse_args()
     wrong = 0
     for name, (*_, expected) in CASES.items():
-        reports = [audited(name, seed) for seed in range(int(sys.argv[-1]))]
+        reports = [audited(name, seed, args.probes) for seed in range(args.seeds)]
         found = [report["broken"] for report in reports]
         well = sum((expected in broken.split(",")) if expected else not broken for broken in found)
         wrong += well < len(found)
