@@ -1549,6 +1549,23 @@ def read_row(line: str) -> dict[str, Any]:
     return row
 
 
+def without_scores(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows by label without those of an artifact's evaluation."""
+    scores = ("pass_artifact", "final_artifact", "eval_total")
+    return {label: row for label, row in rows.items() if not label.startswith(scores)}
+
+
+def rows_by_label(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The last row of each label; scores stay only until another artifact is written."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        before = found.get("artifact_file", row)
+        if row["label"] == "artifact_file" and row.get("sha256") != before.get("sha256"):
+            found = without_scores(found)
+        found[row["label"]] = row
+    return found
+
+
 class RunLog:
     """logs/RUN_ID.txt and logs/RUN_ID/metrics.jsonl, of rank 0; the lines that other ranks share.
 
@@ -1616,7 +1633,7 @@ class RunLog:
                 " or choose another."
             ) from None
         if rows:
-            self.rows = {row["label"]: row for row in rows}
+            self.rows = rows_by_label(rows)
             self.check_settings(rows[0], f"RUN_ID={self.name}")
         else:
             self.write_head()
@@ -4098,6 +4115,10 @@ def export(c: Config, run: Run, model: GPT, calibration: Calibration | None) -> 
         quantizer.refuse_large()
         blob, figures = quantizer.fit(bytes_for_weights(c))
         seconds = perf_counter() - began
+        digest = hashlib.sha256(blob).hexdigest()
+        if run.log.rows.get("artifact_file", {}).get("sha256", digest) != digest:
+            for kind in ("progress_artifact*", "scored_artifact*"):  # of another artifact
+                remove_files(run, kind)
         write_file(path, [blob], run.log.remedy())
         write_file(path.with_name("train_gpt.py"), [packed_script()], run.log.remedy())
         run.log.metric("quantised", **quantizer.counts(), **figures, seconds=seconds)
@@ -4107,7 +4128,7 @@ def export(c: Config, run: Run, model: GPT, calibration: Calibration | None) -> 
         run.log.line(f"Code size: {code} bytes (packed; source {source} bytes)")
         run.log.line(f"Serialized model {kind}: {len(blob)} bytes")
         run.log.line(f"Total submission size {kind}: {len(blob) + code} bytes")
-        run.log.metric("artifact_file", sha256=hashlib.sha256(blob).hexdigest())
+        run.log.metric("artifact_file", sha256=digest)
         sizes = dict(model_bytes=len(blob), code_bytes=code, total_bytes=len(blob) + code)
         run.log.metric("artifact", **sizes)
 
@@ -4416,14 +4437,17 @@ class Slot(ScoringMethod):
         self.by_window = c.slot_delta == "window"
         self.carried = c.slot_loss in CARRIED
         self.carry = self.fresh(1)  # AdamW's state from fit to fit, if it is carried
-        self.start = self.fresh(1)[0]  # mean of what was carried at documents' ends
-        self.documents = torch.zeros((), device=ranks.device)  # that have ended
+        self.carry_mean = self.fresh(1)[0]  # of what was carried at documents' ends
+        self.documents_ended = torch.zeros((), device=ranks.device)
 
     @staticmethod
     def leaks(c: Config) -> bool:
-        """No leak: what is fitted after it scored, and context if no two windows share a delta."""
-        own = c.slot_delta == "window" or c.slot_batch_seqs == 1
-        return c.slot_loss not in CARRIED and not (c.slot_loss == "context" and own)
+        """Whether a delta is fitted to what it then scores."""
+        fitted_after_scoring = c.slot_loss in CARRIED
+        own_delta = c.slot_delta == "window" or c.slot_batch_seqs == 1
+        # of windows that share a delta, one's context is what another scores
+        own_context = c.slot_loss == "context" and own_delta
+        return not (fitted_after_scoring or own_context)
 
     @staticmethod
     def looks_at_all_rows(c: Config) -> bool:
@@ -4438,7 +4462,11 @@ class Slot(ScoringMethod):
         """What is carried from fit to fit."""
         if self.c.slot_reset == "none":
             return {"carry": self.carry}
-        return {"carry": self.carry, "start": self.start, "documents": self.documents}
+        return {
+            "carry": self.carry,
+            "carry_mean": self.carry_mean,
+            "documents_ended": self.documents_ended,
+        }
 
     def fresh(self, groups: int) -> Tensor:
         """AdamW's state [4,groups,P] at zero."""
@@ -4557,10 +4585,11 @@ class Slot(ScoringMethod):
             self.carry[0] *= 1 - self.c.slot_decay
         if self.c.slot_reset == "document":
             ended = (targets == DOCUMENT_START).any()  # no if: a GPU would be waited for
-            self.documents += ended
-            self.start += ended * (self.carry[0] - self.start) / self.documents.clamp(min=1)
+            self.documents_ended += ended
+            count = self.documents_ended.clamp(min=1)
+            self.carry_mean += ended * (self.carry[0] - self.carry_mean) / count
             anew = torch.zeros_like(self.carry)
-            anew[0] = self.start
+            anew[0] = self.carry_mean
             self.carry.copy_(torch.where(ended, anew, self.carry))
 
     def tell(self, b: Batch, first: int, flat: np.ndarray, shares: np.ndarray) -> None:
@@ -4709,10 +4738,10 @@ def mixture(c: Config, nats: Tensor) -> tuple[Tensor, np.ndarray]:
     for begin in range(0, n, c.mix_block):
         own = nats[:, begin : begin + c.mix_block].double().numpy()
         past = np.cumsum(own, 1) - own
-        share = log_weights - past
-        share -= np.logaddexp.reduce(share, 0)
-        mixed[begin : begin + own.shape[1]] = -np.logaddexp.reduce(share - own, 0)
-        total += np.exp(share).sum(1)
+        log_prior = log_weights - past
+        log_prior -= np.logaddexp.reduce(log_prior, 0)
+        mixed[begin : begin + own.shape[1]] = -np.logaddexp.reduce(log_prior - own, 0)
+        total += np.exp(log_prior).sum(1)
         log_weights -= own.sum(1, keepdims=True)
         weights = np.exp(log_weights - np.logaddexp.reduce(log_weights, 0))
         shared = (1 - c.mix_share) * weights + c.mix_share / K
@@ -5424,20 +5453,21 @@ def evaluate(
     for label in labels:
         if not EVALUATORS[label].mixes:
             passes.setdefault(pass_of(label), []).append(label)
-    mix = "mix" in labels and f"final_{weights}_mix" not in run.log.rows
+    mix_due = "mix" in labels and f"final_{weights}_mix" not in run.log.rows
     nats: dict[str, Tensor] = {}
     for group in passes.values():
         done = all(f"final_{weights}_{label}" in run.log.rows for label in group)
-        if mix and done:
+        if mix_due and done:
             nats |= kept_nats(run, val, weights, group)
             done = nats.keys() >= {*group}
         if not done:
-            found = evaluate_pass(c, run, model, val, weights, labels=group, keep=mix)
-            nats |= found if mix else {}
+            found = evaluate_pass(c, run, model, val, weights, labels=group, keep=mix_due)
+            if mix_due:
+                nats |= found
             remove_files(run, "progress_*")
-    if mix:
+    if mix_due:
         log_mixture(c, run, val, weights, nats)
-    remove_files(run, "scored_*")
+    remove_files(run, f"scored_{weights}_*")
 
 
 def evaluate_pass(
@@ -6169,21 +6199,13 @@ def train_and_export(c: Config, run: Run, model: GPT, data: TrainData, val: ValD
         export(c, run, model, calibration)
         artifact = read_export(run)
         if before and before.get("sha256") != hashlib.sha256(artifact).hexdigest():
-            forget_scores(run)
+            run.log.line("the artifact is not as it was before: it is evaluated from the beginning")
+            run.log.rows = without_scores(run.log.rows)
     path = run.log.folder / "final_model.ptz"
     with refused(path, "Choose another RUN_ID"):
         state, settings = unpack(artifact)
         model.recurring = bool(c.recur_layers) and settings["RECUR_START"] == 0
     load_state(model, state, path)
-
-
-def forget_scores(run: Run) -> None:
-    """Evaluate anew: the scores from before a restart are of another artifact."""
-    run.log.line("the artifact is not as it was before: it is evaluated from the beginning")
-    of_artifact = ("pass_artifact", "final_artifact", "eval_total")
-    run.log.rows = {n: row for n, row in run.log.rows.items() if not n.startswith(of_artifact)}
-    for kind in ("progress_artifact*", "scored_artifact*"):
-        remove_files(run, kind)
 
 
 def main() -> None:

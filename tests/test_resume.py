@@ -214,6 +214,43 @@ def test_scores_of_another_artifact_are_not_kept(tiny, monkeypatch):
     assert f"{again['final_artifact_roundtrip']['val_loss']:.8f}" == scores[1]
 
 
+@pytest.mark.parametrize(
+    "moment", ["before a score", "after one", "before the first score is dropped"]
+)
+def test_another_artifacts_scores_are_not_kept_after_a_second_stop(moment, tiny, monkeypatch):
+    run = dict(RUN_ID="one", EVALS="roundtrip,sliding_window,mix")
+    tiny(**run)
+    Path("logs/one/final_model.ptz").unlink()
+    left = Path("logs/one/progress_artifact_roundtrip.000000001.ckpt")
+    left.write_bytes(b"of the first artifact")
+    pack = t.Quantizer.pack
+    monkeypatch.setattr(t.Quantizer, "pack", lambda self, size: pack(self, 2 * size))
+    name = "load_state" if moment == "before the first score is dropped" else "log_result"
+    stop_at = 2 if moment == "after one" else 1
+    calls = []
+    kept = getattr(t, name)
+
+    def killed(*words, **more):
+        artifact = words[3] == "artifact" if name == "log_result" else "final_model" in str(words)
+        calls.extend([1] * artifact)
+        if len(calls) == stop_at and artifact:
+            raise KeyboardInterrupt
+        return kept(*words, **more)
+
+    monkeypatch.setattr(t, name, killed)
+    with pytest.raises(KeyboardInterrupt):
+        tiny(**run, RESUME="1")
+    monkeypatch.setattr(t, name, kept)
+    assert not left.exists()
+    again = tiny(**run, RESUME="1")
+    whole = tiny(**{**run, "RUN_ID": "two"})
+    log = Path("logs/one.txt").read_text()
+    for label in ("roundtrip", "sliding_window", "mix"):
+        name = f"final_artifact_{label}"
+        assert again[name]["val_loss"] == whole[name]["val_loss"]
+        assert len(re.findall(rf"^{name} ", log, re.M)) == 2
+
+
 def test_resume_without_anything_to_go_on_with_is_a_new_run(tiny):
     same(tiny(RUN_ID="a", RESUME="1", **EVERYTHING), tiny(RUN_ID="b", **EVERYTHING))
     with pytest.raises(t.BadInput, match="RESUME=1: needs the RUN_ID"):
