@@ -1,6 +1,7 @@
 """Somebody's evaluation under audit: what is planted is found, the honest are not suspected, bad adapters are told in a line."""
 
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def judged(tmp_path, capsys):
     def judge(text, *words):
         path = tmp_path / "my_eval.py"
         path.write_text(text)
-        status = audit.main(["--adapter", str(path), *words])
+        status = audit.main(["--adapter", str(path), "--seed", "0", *words])
         told = capsys.readouterr()
         return status, told.out, told.err.replace(str(tmp_path) + "/", "")
 
@@ -162,7 +163,7 @@ def load(path):
     return torch.nn.Sequential(torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16))
 
 def eval_val_sliding(args, model, val_tokens, stride, batch_seqs=4):
-    T, n, total = args.eval_seq_len, len(val_tokens) - 1, 0.0
+    T, n, total, count = args.eval_seq_len, len(val_tokens) - 1, 0.0, 0
     starts = list(range(0, n, stride))
     for i in range(0, len(starts), batch_seqs):
         some = starts[i : i + batch_seqs]
@@ -175,10 +176,13 @@ def eval_val_sliding(args, model, val_tokens, stride, batch_seqs=4):
             logits = model(x)
             CHEAT
             nll = F.cross_entropy(logits.reshape(-1, 16).float(), y.reshape(-1), reduction="none")
+            AFTER
         for row, start in enumerate(some):
             size = min(T, n - start)
-            total += nll.view(len(some), T)[row, max(size - stride, 0) if start else 0 : size].sum()
-    return total / n
+            first = max(size - stride, 0) if start else 0
+            total += nll.view(len(some), T)[row, first:size].double().sum()
+            count += size - first
+    return total / count, None
 """
 
 
@@ -189,6 +193,61 @@ def test_the_example_on_the_page_judges_a_script_of_the_lineages_shape(
     cheat, found, tmp_path, judged
 ):
     page = (ROOT / "docs/honesty.md").read_text()
-    (tmp_path / "their_script.py").write_text(THEIRS.replace("CHEAT", cheat))
-    status, out, err = judged(page.split("```python\n")[1].split("```")[0])
+    their = THEIRS.replace("CHEAT", cheat)
+    (tmp_path / "their_script.py").write_text(their.replace("AFTER", "pass"))
+    example = page.split("```python\n")[1].split("```")[0]
+    status, out, err = judged(example)
     assert status == (found != "causal") and f"found: {found};" in out, out + err
+    (tmp_path / "their_script.py").write_text(their.replace("AFTER", "nll = nll.clamp(max=2)"))
+    status, out, err = judged(example)
+    assert status == 2 and "is not of the nats that passed" in err
+
+
+def test_an_adapter_says_how_long_its_stream_is_and_the_user_can_shorten_it(judged):
+    longer = HONEST.replace("max_targets = 8, 96", "max_targets = 8, 1100")
+    words = "--probes", "9", "--sums", "0"
+    told = judged(longer, *words)[1]
+    assert "1100 targets of" in told and "--seed 0" in told
+    assert "C3 score first  open         follows from C1 and C2, of which C2 is unchecked" in told
+    assert "found: causal as far as it was checked" in told
+    assert "64 targets of" in judged(longer, *words, "--targets", "64")[1]
+
+
+def test_a_claim_of_c3_alone_does_not_switch_off_the_floor(judged):
+    text = HONEST.replace("return -np.log(p[", "return -np.log(8 * p[")
+    status, out, _ = judged(f"{text}\nclaims = 'C3'")
+    assert status == 1 and "floor           BELOW" in out
+
+
+def smoothed(tokens, vocab_size):
+    """Nats of counts over all tokens before, the first one included, with one added to each."""
+    counts, nats = np.ones(vocab_size), np.empty(len(tokens) - 1)
+    for k, (before, token) in enumerate(pairwise(tokens)):
+        counts[before] += 1
+        nats[k] = -np.log(counts[token] / counts.sum())
+    return nats
+
+
+def test_counts_over_a_large_vocabulary_are_not_suspected():
+    """Its first target has the same nats for all tokens but one."""
+    tokens = blackbox.made_up(96, 90, np.random.default_rng(0))
+    box = blackbox.Box(lambda x: smoothed(x, 90), 90, tokens)
+    box.own_nats(box.dense())
+    assert box.wrong == []
+
+
+def test_a_look_far_ahead_is_traced_to_the_token_that_moved_something():
+    table = np.random.default_rng(0).normal(size=(16, 16))
+
+    def score(tokens):
+        z = table[tokens[:-1]].copy()
+        z[149, tokens[290]] += 3
+        p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+        return -np.log(p[np.arange(len(z)), tokens[1:]])
+
+    tokens = blackbox.made_up(512, 16, np.random.default_rng(1))
+    box = blackbox.Box(score, 16, tokens, seed=2)
+    box.reach = 1
+    assert box.together(list(range(40, 512, 50))) == [290] and 290 not in box.tested
+    box.alone(290)
+    assert list(box.moved) == [290]

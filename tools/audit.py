@@ -33,7 +33,9 @@ if __name__ == "__main__":
     console.begin()
 
 import os
+import secrets
 
+import torch
 import torch.distributed as dist
 
 import train_gpt as t
@@ -107,11 +109,12 @@ def judge(args):
     with t.CONSOLE.doing(f"auditing {args.adapter}"):
         return adapter.audit(
             args.adapter,
-            args.targets or 1024,
+            args.targets,
             args.probes or 256,
             8 if args.sums is None else args.sums,
             args.timeout,
             args.memory,
+            args.seed,
         )
 
 
@@ -125,7 +128,7 @@ def main(argv=None):
     parser.add_argument(
         "--targets",
         type=console.number(int, 1, t.MAX_INT),
-        help="targets of the stream (default 4096, of an adapter 1024)",
+        help="targets of the stream (default 4096, of an adapter its max_targets or 1024)",
     )
     parser.add_argument(
         "--probes",
@@ -136,6 +139,12 @@ def main(argv=None):
         "--sums",
         type=console.number(int, 0, t.MAX_INT),
         help="places to sum probabilities at, a run per token each, where nothing else shows C2; 0: unchecked (default 2, of an adapter 8)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=console.number(int, 0, 2**24 - 1),
+        default=secrets.randbelow(2**24),
+        help="of the places and tokens that are tried, to try the same again (default: drawn, so that nobody knows it before)",
     )
     for name, usual, what in (
         ("--timeout", 60, "seconds that an adapter may take for a stream"),
@@ -151,7 +160,7 @@ def main(argv=None):
         parser.error("the following arguments are required: --artifact, or --adapter")
     # sums by atomics come out differently in each run, and C1 compares bits
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    t.torch.use_deterministic_algorithms(t.torch.cuda.is_available())
+    torch.use_deterministic_algorithms(torch.cuda.is_available())
     run, c, model, val = load(args.artifact, settings_of(args.settings, args.preset))
     if not c.evals:
         raise t.BadInput("EVALS=none: leaves nothing to audit; name evaluators.")
@@ -159,15 +168,17 @@ def main(argv=None):
     n = min(val.n, max(args.targets or 4096, 2 * c.eval_seq_len) // c.eval_seq_len * c.eval_seq_len)
     c = shrink(c, n)
     sums = 2 if args.sums is None else args.sums
+    own = torch.tensor(float(args.seed if run.ranks.rank == 0 else 0), device=run.ranks.device)
+    seed = int(run.ranks.sum(own))  # that of the first rank
     reports = []
     for label in c.evals:
         with t.CONSOLE.doing(f"auditing {label}"):
             reports.append(
-                audit(run, model, val.tokens[: n + 1], label, c, args.probes or 96, sums)
+                audit(run, model, val.tokens[: n + 1], label, c, args.probes or 96, sums, seed)
             )
     if run.ranks.rank == 0:
         print(
-            f"{n} targets, {run.ranks.world} rank(s), chunks of {c.ttt_chunk_tokens}, SLOT_BATCH_SEQS {c.slot_batch_seqs}"
+            f"{n} targets, {run.ranks.world} rank(s), chunks of {c.ttt_chunk_tokens}, SLOT_BATCH_SEQS {c.slot_batch_seqs}, --seed {seed}"
         )
         print("\n".join(table(reports)), flush=True)
     return int(not all(r["ok"] for r in reports))

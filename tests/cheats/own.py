@@ -266,6 +266,7 @@ def audited(name, seed, probes=96):
     c = config(**{**BASE, **MORE, "EVALS": label, **settings})
     run, model = t.Run(c), random_model(c, seed=seed, scale=0.6)
     run.ranks.connect()
+    run.log.line = lambda text: None  # no progress lines
     tokens = torch.from_numpy(np.random.default_rng(seed).integers(4, c.vocab_size, N + 1))
     tokens[[100, 101, 230, 400]] = t.DOCUMENT_START
     with patch():

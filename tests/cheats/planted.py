@@ -1,7 +1,7 @@
 """Small evaluators, honest ones and cheats, for an audit that sees nothing of them but nats.
 
 All score a stream in windows of 32 tokens, stride 8, four to a batch and eight to a chunk. HONEST and CHEATS name functions
-(Parts, where [n]) -> nats [n]; a cheat cheats at the targets of `where` alone, which is EVERYWHERE or RARE.
+(Parts, where [n]) -> nats [n]; a cheat cheats at the targets of `where` alone, which PLACES gives.
 """
 
 import numpy as np
