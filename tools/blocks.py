@@ -327,6 +327,22 @@ def web_lines() -> list[str]:
     return table(f"rung | {' | '.join(heads)} | causal", rows)
 
 
+RECORD_BPB = 1.1185  # of #1084's model
+
+
+def web_gain_lines() -> list[str]:
+    """How gains shrink with sliding windows' own score, and what is left at the record's if they go on so."""
+    ladders = [ladder_rows(name) for name in WEB]
+    before, after = (found["sliding"]["val_bpb"] for found in ladders)
+    rows = []
+    for name in ("TTT", "TTT, control", "SLOT past, reset", "TTT + SLOT past, reset", "TTT, LoRA"):
+        early, late = (found[name]["diff"] for found in ladders)
+        left = late * (late / early) ** ((after - RECORD_BPB) / (before - after))
+        rows.append([name, f"{early:+.4f}", f"{late:+.4f}", f"{late / early:.2f}", f"{left:+.4f}"])
+    heads = " | ".join(f"sliding at {bpb:.4f}" for bpb in (before, after))
+    return table(f"rung | {heads} | left | at {RECORD_BPB}, if it goes on so", rows)
+
+
 def ctw_lines() -> list[str]:
     """CTW at three weights."""
     found = [ablation(name) for name in ("slot/ctw_demo", "slot/ctw_6x192")]
@@ -532,6 +548,7 @@ MAKERS: dict[str, Callable[[], list[str]]] = {
     "ladder": ladder_lines,
     "chosen": chosen_lines,
     "web": web_lines,
+    "web-gains": web_gain_lines,
     "web-chosen": functools.partial(chosen_lines, "web800_ladder"),
     "ctw": ctw_lines,
     "quantisers": quantiser_lines,

@@ -1,7 +1,7 @@
 """Cheats in the evaluators of train_gpt.py itself: each a function that patches the script, for tools.audit to find.
 
-python tests/cheats/own.py --seeds 20 --probes 200
-torchrun --standalone --nproc_per_node=2 tests/cheats/own.py --seeds 2      # on two ranks
+PYTHONPATH=. python tests/cheats/own.py --seeds 20
+PYTHONPATH=. torchrun --standalone --nproc_per_node=2 tests/cheats/own.py --seeds 2      # on two ranks
 """
 
 import argparse
@@ -82,7 +82,7 @@ def h4():
     """The same in every seventh window, where the model is confident."""
 
     def change(z, y, k):
-        sure = z.softmax(-1).max(-1).values.numpy() > 0.3
+        sure = z.softmax(-1).max(-1).values.numpy() > 0.15
         rows = at(k, sure & (k // 8 % 7 == 3), 0)
         z[rows, y[rows]] += 0.5
 
@@ -225,7 +225,7 @@ N = 512
 CONTEXT, PAST = dict(SLOT_LOSS="context", SLOT_DELTA="window"), dict(SLOT_LOSS="past")
 RESET = dict(SLOT_LOSS="past", SLOT_DELTA="window", SLOT_RESET="document", SLOT_DECAY="0.1")
 CONTROL = dict(TTT_PARAMS="control", TTT_OPTIMIZER="adamw")
-LORA = dict(TTT_PARAMS="lora", TTT_OPTIMIZER="adamw", TTT_LORA_CHUNK="8")
+LORA = dict(TTT_PARAMS="lora", TTT_OPTIMIZER="adamw", TTT_LORA_CHUNK="16", TTT_EPOCHS="1")
 HONEST = {  # evaluator, settings
     "sliding_window": ("sliding_window", {}),
     "ttt": ("ttt", {}),
@@ -238,7 +238,7 @@ HONEST = {  # evaluator, settings
     "recent, reset": ("slot", RESET | dict(SLOT_LOSS="recent")),
     "past on ttt": ("ttt_slot", RESET | dict(TTT_OPTIMIZER="rmsprop")),
     "ctw": ("ctw", {}),
-    "mix": ("mix", RESET | dict(EVALS="sliding_window,slot,ttt,mix", MIX_BLOCK="16")),
+    "mix": ("mix", RESET | dict(EVALS="sliding_window,slot,mix", MIX_BLOCK="16")),
 }
 CASES = {  # name: (patch, evaluator, settings, what must be found)
     "h6": (h6, "sliding_window", {}, "C2"),
@@ -278,9 +278,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--probes", type=int, default=96, help="runs that change tokens")
+    parser.add_argument("--case", action="append", choices=CASES, metavar="NAME", help="only this")
     args = parser.parse_args()
     wrong = 0
-    for name, (*_, expected) in CASES.items():
+    for name in args.case or CASES:
+        expected = CASES[name][-1]
         reports = [audited(name, seed, args.probes) for seed in range(args.seeds)]
         found = [report["broken"] for report in reports]
         well = sum((expected in broken.split(",")) if expected else not broken for broken in found)
