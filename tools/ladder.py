@@ -1,7 +1,7 @@
 """The ladder: how much each way of adapting while scoring gains on ONE artifact, and what it costs in seconds.
 
     python -m tools.ladder --artifact logs/my_run/final_model.ptz --run-id ladder/mine --tune data/datasets/other
-    python -m tools.ladder --artifact logs/my_run/final_model.ptz --run-id ladder/mine --tune data/datasets/other \\
+    python -m tools.ladder --artifact logs/my_run/final_model.ptz --run-id ladder/two --tune data/datasets/other \\
         --rung "SLOT context" --rung TTT    # these, the two stacked and mixed
     python -m tools.ladder --run-id ladder/mine --redraw    # only the figure
 
