@@ -47,12 +47,28 @@ def test_a_run_ends_where_the_changed_token_was_scored_with_the_same_verdict(mon
     assert all(w.equal(weights[name]) for name, w in model.state_dict().items())
 
 
+# what ranks do apart, or in turn; others: logs/audits/own_two_ranks.txt
+ON_RANKS = (
+    "i2",
+    "TTT trains first",
+    "SLOT fits the first scored row",
+    "SLOT learns before scoring",
+    "CTW counts first",
+    "nothing, past, reset",
+    "nothing, factors",
+)
+
+
 @pytest.mark.slow
 def test_planted_cheats_are_found_on_two_ranks():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [str(ROOT / "tests/cheats/own.py"), "--seeds", "1"]
+    cases = [word for name in ON_RANKS for word in ("--case", name)]
     done = subprocess.run(
-        command + words, cwd=ROOT / "tests", capture_output=True, text=True, timeout=900
+        [*command, str(ROOT / "tests/cheats/own.py"), "--seeds", "1", "--probes", "48", *cases],
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert done.stdout.count(": 1 of 1 as expected") == len(own.CASES)
+    assert done.stdout.count(": 1 of 1 as expected") == len(ON_RANKS)
