@@ -250,6 +250,9 @@ def test_planted_cheats_were_found_and_honest_evaluators_not_suspected():
         assert row["seeds"] >= 20 and row["found"] == (0 if row["honest"] else row["seeds"]), row
     told = (ROOT / "logs/audits/own_two_ranks.txt").read_text()
     assert told.endswith("status 0\n") and told.count(": 1 of 1 as expected") == 17
+    told = (ROOT / "logs/audits/own_one_rank.txt").read_text()
+    found = dict(re.findall(r"^(.*): (\d+) of 20 as expected", told, re.M))  # the last of each
+    assert len(found) >= 16 and set(found.values()) == {"20"}
 
 
 # ---- prose
