@@ -5179,6 +5179,8 @@ def score(
     stopped and resumed. Raises Fault unless each target was scored once (C4).
     """
     if EVALUATORS[jobs[0][0]].ttt and jobs[0][1].ttt_params == "lora":
+        if {name for name, _ in jobs} != {jobs[0][0]}:
+            raise ValueError("lora's factors score for no other evaluator")
         alone = DocumentPass(jobs[0][1], run.ranks, model, val, observer)
         found = alone.score(run, watch or Stopwatch(run.ranks, 1), checkpoint)
         return found * len(jobs)  # which are all the same

@@ -118,6 +118,16 @@ def plain_lora(c, tokens, n):
     return torch.cat(out)
 
 
+def test_jobs_of_a_pass_have_the_same_scores_and_others_are_refused(stream):
+    c = config(**LORA)
+    (run, val), model = stream(c, 64), random_model(c)
+    with t.put_back(model.parameters()):
+        (first, _), (second, _) = t.score(run, model, val, [("ttt", c)] * 2)
+        assert first.equal(second)
+        with pytest.raises(ValueError, match="no other evaluator"):
+            t.score(run, model, val, [("ttt", c), ("ttt_slot", c)])
+
+
 @pytest.mark.parametrize(
     "changes",
     [

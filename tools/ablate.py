@@ -169,10 +169,8 @@ def passes_of(rows):
 
 def score_rows(run, model, val, rows, mixes):
     """[(nats [N] fp64, seconds)] of rows, pass by pass, then the mixtures. mixes: as in ablate()."""
-    found, trunk = (
-        [None] * len(rows),
-        {},
-    )  # trunk: {row: (its pass, seconds that the pass's rows share)}
+    found = [None] * len(rows)
+    trunk = {}  # row: (its pass, seconds that the pass's rows share)
     for number, members in enumerate(passes_of(rows)):
         watch = t.Stopwatch(run.ranks, len(members))
         with t.put_back(model.parameters()):
@@ -185,6 +183,7 @@ def score_rows(run, model, val, rows, mixes):
         if t.EVALUATORS[label].mixes:
             parts = mixed_rows(rows, k, mixes.get(name))
             nats, weights = t.mixture(c, torch.from_numpy(np.stack([found[j][0] for j in parts])))
+            # what the rows of a pass share counts once
             own = sum(found[j][1] - trunk[j][1] for j in parts)
             found[k] = nats.numpy(), own + sum(dict(trunk[j] for j in parts).values())
             named = " ".join(f"{rows[j][0]}: {w:.4f}" for j, w in zip(parts, weights))
