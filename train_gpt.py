@@ -4547,37 +4547,48 @@ class Slot(ScoringMethod):
         return torch.cat(found)
 
     def group_nats(self, b: Batch) -> Iterator[Tensor]:
-        """Nats of the batch, in parts of the windows that are fitted together."""
-        R = b.h.size(1)
-        mask = self.fit_rows(b.firsts, R)
-        usual = self.usual_rows(R)
-        together = max(1, len(mask))
-        if self.by_window:
-            at_once = max(1, self.tile // (self.c.vocab_size * max(1, usual)))
-            together = 1 if self.carried else at_once
+        """Nats of the batch, in parts of the windows that are fitted at once.
+
+        A group is the windows that share a delta: one window, or with SLOT_DELTA=batch all.
+        """
+        length = b.h.size(1)
         put = self.ranks.put
-        for i in range(0, len(mask), together):
-            part = slice(i, i + together)
-            h, targets = b.h[part], b.targets[part]
+        mask = self.fit_rows(b.firsts, length)
+        at_once = self.windows_at_once(length) if self.by_window else max(1, len(mask))
+        for begin in range(0, len(mask), at_once):
+            part = slice(begin, begin + at_once)
+            h, targets = b.h[part], b.targets[part].flatten()
             groups = len(h) if self.by_window else 1
-            fitted = mask[part].reshape(groups, -1)
-            # of each group the rows to fit to, in order, then others, which have no share
-            rows = np.argsort(~fitted, 1, kind="stable")[:, : fitted.sum(1).max()]
-            divisor = self.WINDOWS * usual if self.by_window else max(1, fitted.sum())
-            shares = np.take_along_axis(fitted, rows, 1) / divisor
-            flat = rows + np.arange(groups)[:, None] * R
-            self.tell(b, i, flat, shares)
-            scored = put(np.flatnonzero(scored_rows(b.firsts[part], R)))
-            share = put(shares.astype(np.float32))
-            data = h.flatten(0, 1), targets.flatten(), put(flat), share
+            rows, shares = self.rows_and_shares(mask[part].reshape(groups, -1), length)
+            self.tell(b, begin, rows, shares)
+            scored = put(np.flatnonzero(scored_rows(b.firsts[part], length)))
+            fitted_to = h.flatten(0, 1), targets, put(rows), put(shares.astype(np.float32))
             if self.carried:  # scored first, with what earlier windows left
                 yield row_nll(self.model, h, targets, scored, self.shift(self.carry))
-                self.fit(*data, self.carry)
-                self.forget(targets.flatten()[scored])
+                self.fit(*fitted_to, self.carry)
+                self.forget(targets[scored])
             else:
                 state = self.fresh(groups)
-                self.fit(*data, state)
+                self.fit(*fitted_to, state)
                 yield row_nll(self.model, h, targets, scored, self.shift(state))
+
+    def windows_at_once(self, length: int) -> int:
+        """Windows with a delta each that are fitted at once; a carried one takes them in order."""
+        if self.carried:
+            return 1
+        return max(1, self.tile // (self.c.vocab_size * max(1, self.usual_rows(length))))
+
+    def rows_and_shares(self, mask: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows [G,n] of all groups' rows, their shares [G,n] of the loss) for masks [G,rows].
+
+        A group with fewer rows to fit to than another is filled up with rows whose share is 0.
+        """
+        order = np.argsort(~mask, 1, kind="stable")[:, : mask.sum(1).max()]
+        divisor = max(1, mask.sum())
+        if self.by_window:
+            divisor = self.WINDOWS * self.usual_rows(length)
+        shares = np.take_along_axis(mask, order, 1) / divisor
+        return order + np.arange(len(mask))[:, None] * length, shares
 
     def forget(self, targets: Tensor) -> None:
         """After a fit to these targets: SLOT_DECAY, and SLOT_RESET at a document's beginning."""
@@ -4654,17 +4665,17 @@ class Ctw(ScoringMethod):
         for d in range(c.ctw_depth + 1):
             if d:
                 longer = node * (V + 1) + padded[c.ctw_depth + 1 - d :][: val.n]
-                keys, node = torch.unique(longer, return_inverse=True)
-                parent = keys // (V + 1)
-            keys, pair = torch.unique(node * V + tokens[1:], return_inverse=True)
-            pair_count = torch.zeros(len(keys), dtype=torch.float64)
+                contexts, node = torch.unique(longer, return_inverse=True)
+                parent = contexts // (V + 1)
+            pairs, pair = torch.unique(node * V + tokens[1:], return_inverse=True)
+            pair_count = torch.zeros(len(pairs), dtype=torch.float64)
             zeros = torch.zeros(4, len(parent), dtype=torch.float64)
-            depth = CtwDepth(node, pair, parent, keys // V, pair_count, *zeros)
+            depth = CtwDepth(node, pair, parent, pairs // V, pair_count, *zeros)
             self.depths.append(depth)  # zeros: count, log_own, log_children, log_weighted
 
     @staticmethod
-    def gain(counts: Tensor, met: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        """(places that were met, what lgamma(counts + alpha) rises by there); counts go up."""
+    def count(counts: Tensor, met: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """Count what was met: (its places, what lgamma(counts + alpha) rises by there)."""
         at, times = torch.unique(met, return_counts=True)
         before = counts[at]
         counts[at] += times
@@ -4677,10 +4688,10 @@ class Ctw(ScoringMethod):
         self.end = end
         changed: tuple[Tensor, Tensor] | None = None  # (parents, change of log P_w below them)
         for x in reversed(self.depths):
-            pairs, gain = self.gain(x.pair_count, x.pair[new], 0.5)
-            x.log_own.index_add_(0, x.owner[pairs], gain)
-            nodes, gain = self.gain(x.count, x.node[new], self.c.vocab_size / 2)
-            x.log_own.index_add_(0, nodes, -gain)
+            pairs, rise = self.count(x.pair_count, x.pair[new], 0.5)
+            x.log_own.index_add_(0, x.owner[pairs], rise)
+            nodes, rise = self.count(x.count, x.node[new], self.c.vocab_size / 2)
+            x.log_own.index_add_(0, nodes, -rise)
             weighted = x.log_own[nodes]
             if changed:
                 x.log_children.index_add_(0, *changed)
@@ -4944,6 +4955,22 @@ class Stopwatch:
         self.spent = np.array(spent)
 
 
+class Progress:
+    """A line every two seconds of a pass that says how far it is."""
+
+    def __init__(self, run: Run, names: str, watch: Stopwatch) -> None:
+        self.run, self.names, self.watch = run, names, watch
+        self.shown_at = perf_counter()
+
+    def show(self, **done: tuple[int, int]) -> None:
+        """Log (how many are done, of how many) by what they are, if it is time."""
+        if perf_counter() - self.shown_at > 2:
+            self.shown_at = perf_counter()
+            self.watch.by_method()  # or moments pile up
+            parts = " ".join(f"{unit}:{n}/{total}" for unit, (n, total) in done.items())
+            self.run.log.line(f"progress:{self.names} {parts} seconds:{self.watch.elapsed():.1f}")
+
+
 class PassCheckpoint:
     """What a pass is resumed from: nats so far and live tensors.
 
@@ -5189,7 +5216,7 @@ def score(
     ranks, out = work.ranks, work.out
     size = work.batch_windows
     watch = watch or Stopwatch(ranks, len(jobs))
-    shown_at = perf_counter()
+    progress = Progress(run, names, watch)
     resumed = 0  # the window to go on with
     live = work.live_tensors()
     before = work.starts + work.firsts  # targets before each window
@@ -5205,13 +5232,7 @@ def score(
             first = min(b + ranks.rank * size, end)  # some ranks have none at the end
             windows = slice(first, min(first + size, end))
             watch.moments.append(score_batch(work, windows))
-            if perf_counter() - shown_at > 2:
-                shown_at = perf_counter()
-                watch.by_method()  # or moments pile up
-                run.log.line(
-                    f"progress:{names} window:{windows.stop}/{len(work.starts)}"
-                    f" chunk:{chunk + 1}/{work.chunks} seconds:{watch.elapsed():.1f}"
-                )
+            progress.show(window=(windows.stop, len(work.starts)), chunk=(chunk + 1, work.chunks))
         if chunk + 1 < work.chunks:  # the last chunk is scored only
             watch.moments.append(work.learn(chunk))
             if resumed < end:
@@ -5255,7 +5276,7 @@ class DocumentFactors:
         qo, kv, up, down = (getattr(model, bank) for bank in BANKS)
         self.layers = range(c.ttt_freeze_blocks, L)
         self.shapes: list[tuple[int, ...]] = []  # of a, b, a, b ... of each layer's matrices
-        first = []
+        initial = []
         g = torch.Generator().manual_seed(c.seed)
         for i in self.layers:
             # in the order of LayerWeights
@@ -5263,22 +5284,22 @@ class DocumentFactors:
                 outs, ins = matrix.shape
                 self.shapes += [(r, ins), (outs, r)]
                 a = torch.randn(r, ins, generator=g) / math.sqrt(ins)
-                first += [a.flatten(), torch.zeros(outs * r)]
-        self.first = torch.cat(first or [torch.zeros(0)]).to(ranks.device)
-        self.learn = bool(first) and c.ttt_epochs > 0
+                initial += [a.flatten(), torch.zeros(outs * r)]
+        self.initial = torch.cat(initial or [torch.zeros(0)]).to(ranks.device)
+        self.learn = bool(initial) and c.ttt_epochs > 0
         self.begin(0)
 
     def begin(self, documents: int) -> None:
         """Factors of new documents."""
-        self.rows = nn.Parameter(self.first.expand(documents, -1).clone())
-        self.optimizer = ttt_optimizer(self.c)([self.rows])
+        self.numbers = nn.Parameter(self.initial.expand(documents, -1).clone())
+        self.optimizer = ttt_optimizer(self.c)([self.numbers])
         self.optimizer.param_groups[0]["lr"] = self.c.ttt_lr
 
-    def of_first(self, documents: int) -> Factors:
-        """Factors of the batch's first documents, by layer, b times TTT_LORA_ALPHA / rank."""
+    def by_layer(self, documents: int) -> Factors:
+        """Pairs (a, b) of the batch's first documents; b times TTT_LORA_ALPHA / rank."""
         scale = self.c.ttt_lora_alpha / self.c.ttt_lora_rank
         sizes = [math.prod(shape) for shape in self.shapes]
-        parts = self.rows[:documents].to(self.dtype).split(sizes, 1)
+        parts = self.numbers[:documents].to(self.dtype).split(sizes, 1)
         tensors = [part.unflatten(1, s) for part, s in zip(parts, self.shapes, strict=True)]
         pairs = [(a, b * scale) for a, b in zip(tensors[::2], tensors[1::2], strict=True)]
         n = len(LayerWeights._fields)
@@ -5286,13 +5307,13 @@ class DocumentFactors:
 
     def step(self, losses: Tensor) -> None:
         """A step on the losses [n] of the batch's first documents, each with its own clipping."""
-        (grad,) = torch.autograd.grad(losses.sum(), self.rows)
+        (grad,) = torch.autograd.grad(losses.sum(), self.numbers)
         if self.c.ttt_grad_clip:
             norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
             grad.mul_((self.c.ttt_grad_clip / (norm + 1e-6)).clamp(max=1))
-        self.rows.grad = grad
+        self.numbers.grad = grad
         with torch.no_grad():
-            self.rows.mul_(1 - self.c.ttt_lr * self.c.ttt_lora_wd)
+            self.numbers.mul_(1 - self.c.ttt_lr * self.c.ttt_lora_wd)
         self.optimizer.step()
 
 
@@ -5342,7 +5363,8 @@ class DocumentPass:
         # a checkpoint has the nats of all the stream: batches are not in its order
         before = np.full(n, self.val.n)
         resumed = checkpoint.resume(self.out, before, live, watch) if checkpoint else 0
-        shown_at = perf_counter()
+        progress = Progress(run, "ttt", watch)
+        documents_done = np.cumsum([len(batch) for batch in self.batches]).tolist()
         end = 0
         for batches in self.phases:
             begin, end = end, end + len(batches)
@@ -5351,13 +5373,9 @@ class DocumentPass:
                     checkpoint.mark(b, self.out, live, watch)
                 if b + self.ranks.rank < end:
                     self.score_batch(self.batches[b + self.ranks.rank])
-                if perf_counter() - shown_at > 2:
-                    shown_at = perf_counter()
-                    done = min(b + world, end)
-                    run.log.line(
-                        f"progress:ttt window:{sum(map(len, self.batches[:done]))}"
-                        f"/{len(self.starts)} chunk:{done}/{n} seconds:{watch.elapsed():.1f}"
-                    )
+                done = min(b + world, end)
+                documents = documents_done[done - 1], len(self.starts)
+                progress.show(document=documents, batch=(done, n))
             if resumed < end < n:
                 self.train(np.concatenate(batches))
         self.ranks.sum(self.out)
@@ -5422,7 +5440,7 @@ class DocumentPass:
 
         Of padding too: a head with few rows rounds otherwise, which would tell where documents end.
         """
-        factors = self.factors.of_first(len(ids))
+        factors = self.factors.by_layer(len(ids))
         # the class's: the instance's is compiled for two shapes, and these are many
         h = GPT.hidden(self.model, ids, targets.size(1), factors)
         z = self.model.cap(self.model.project(h))

@@ -322,6 +322,19 @@ def test_a_run_that_was_resumed_counts_each_step_once(tmp_path):
     )
 
 
+@pytest.mark.parametrize("digest, kept", [("aa", 4), ("bb", 0)])
+def test_scores_of_an_artifact_that_was_replaced_are_not_shown(tmp_path, digest, kept):
+    """A run that is resumed exports again if its file is another; it may be cut off before it has new scores."""
+    path = our_log(tmp_path / "a.txt")
+    text = path.read_text()
+    first = text.index("final_artifact_")
+    text = text[:first] + "artifact_file sha256:aa\n" + text[first:]
+    path.write_text(text + f"artifact_file sha256:{digest}\n")
+    log = read_log(path)
+    assert len(log.results) == kept and bool(log.score) == log.finished == bool(kept)
+    assert log.averaged.val_bpb == 1.7
+
+
 @pytest.mark.parametrize("cut", [0.3, 0.6, 0.8, 0.95])
 def test_a_log_that_is_cut_off_says_what_it_can(cut, tmp_path, capsys):
     path = our_log(tmp_path / "a.txt")
@@ -792,6 +805,11 @@ def test_following_a_run_shows_where_it_is(tmp_path, monkeypatch):
         and lines[3].startswith("done: ")
         and "TTT+SLOT 1.4400" in lines[3]
     )
+    for progress in ("window:3/12 chunk:1/4", "document:3/12 batch:1/2"):
+        path.write_text(
+            whole[: whole.index("final_artifact_ttt ")] + f"progress:ttt {progress} seconds:1.0\n"
+        )
+        assert status_line(read_log(path), 99).endswith("sliding 1.6200  ttt 25 %  3 s left")
     assert report.main(["--follow", str(tmp_path / "none")]) == 2
     assert all(len(status_line(read_log(path), width)) <= width for width in (20, 60, 200))
 

@@ -32,7 +32,7 @@ def status_line(log, width):
             else "done: " + scores
         )[:width]
     if log.averaged or log.results:
-        found = re.search(r"progress:(\S+) window:(\d+)/(\d+).* seconds:([\d.]+)", log.progress)
+        found = re.search(r"progress:(\S+) \w+:(\d+)/(\d+).* seconds:([\d.]+)", log.progress)
         under_way = ""
         if found and found[1].split("+")[-1] not in log.results and int(found[2]):
             share = int(found[2]) / int(found[3])

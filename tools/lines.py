@@ -123,6 +123,7 @@ class Reading:
     done: float = math.nan  # bits a byte at the end of TTT: the next score, under any label
     block: bool = False  # within a block of settings, one a line
     source: bool = False  # within the source of the script
+    artifact: str = ""  # digest of the file that scores are of
 
 
 def number(text):
@@ -224,6 +225,15 @@ def finished(reading, found, line):
     """Evaluation ended."""
     note(reading, found, line)
     reading.log.finished = True
+
+
+def artifact_file(reading, found, line):
+    """A run of ours wrote its artifact; scores of another one, before a restart, are no longer its own."""
+    log = reading.log
+    if reading.artifact not in ("", found["digest"]):
+        log.lines = [label for label in log.lines if not label.startswith("final_artifact")]
+        log.results, log.finished, log.eval_seconds = {}, False, None
+    reading.artifact = found["digest"]
 
 
 def resumed(reading, found, line):
@@ -609,6 +619,7 @@ LINES = tuple(  # the first row that matches a whole line from its beginning cou
         (r"Raw model: .* Code: (?P<code_bytes>[\d,]+) bytes", note),
         (r"artifact:\S+ .*\bcode:(?P<code_bytes>\d+)", note),
         (r".*= ?(?P<rounded_bytes>\d+\.\d+)/16\.00MB\b", note),
+        (r"artifact_file sha256:(?P<digest>[0-9a-f]+)$", artifact_file),
         (r"budget:(?P<total_bytes>\d+)/16000000\b", note),
         (
             r".*?(?:[Tt]otal|TOTAL)[ _](?:[Ss]ubmission|[Aa]rtifact)(?: size)?(?![a-z])[^:]*: ?(?P<total_bytes>[\d,]+) ?(?:bytes|B)\b",
