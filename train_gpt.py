@@ -4883,18 +4883,23 @@ class ChunkTrainer:
     def sequences(self, tokens: Tensor, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """(inputs, targets) [n,EVAL_SEQ_LEN] of sequences with these starts [n]."""
         rows = tokens[self.ranks.put(starts[:, None] + np.arange(self.c.eval_seq_len + 1))]
-        return rows[:, :-1], rows[:, 1:].clone()
+        # of one sequence too: its strides would be kept, and need a graph of their own
+        return rows[:, :-1], rows[:, 1:].clone(memory_format=torch.contiguous_format)
 
-    def prime(self, tokens: Tensor) -> None:
-        """Compile what step() will call, on the first tokens; nothing is changed.
+    def prime(self, tokens: Tensor, lengths: Iterable[int]) -> None:
+        """Compile what train() calls on so many targets, with the first tokens; nothing is changed.
 
         A graph is for one shape and one layout: tensors are cut here as in train().
         """
         c, ranks = self.c, self.ranks
-        n, size = math.ceil(c.ttt_chunk_tokens / c.eval_seq_len), c.ttt_batch_seqs
-        inputs, targets = self.sequences(tokens, np.zeros(n, int))
-        for i in {0, n // size * size}:  # a whole batch, and what is left over
-            mine = slice(i + ranks.rank, i + size, ranks.world)
+        size = c.ttt_batch_seqs
+        batches = set()
+        for length in lengths:
+            n = math.ceil(length / c.eval_seq_len)
+            batches |= {min(n, size), n % size}  # whole ones, and what is left over
+        for n in sorted(batches - {0}):
+            inputs, targets = self.sequences(tokens, np.zeros(n, int))
+            mine = slice(ranks.rank, n, ranks.world)
             if len(inputs[mine]):
                 parts = micro_batches(ranks, len(inputs[mine]), c.eval_seq_len)
                 ids, goal = (t[mine].chunk(parts)[0] for t in (inputs, targets))
@@ -5178,7 +5183,7 @@ def prime_pass(work: Pass) -> float:
     for first in (0, size):  # the first window is scored whole, the others' last rows alone
         score_batch(work, slice(first, min(first + size, len(work.starts))))
     if work.trainer:
-        work.trainer.prime(work.val.tokens)
+        work.trainer.prime(work.val.tokens, [work.c.ttt_chunk_tokens])
     work.out.zero_()
     for method, states in zip(work.methods, kept, strict=True):
         for name, tensor in method.state().items():
@@ -5330,7 +5335,10 @@ class DocumentPass:
         # by where they start: equal numbers of documents would tell how many are still to come
         part_of = self.starts * c.ttt_phases // val.n
         parts = [np.flatnonzero(part_of == part) for part in range(c.ttt_phases)]
-        self.phases = [self.by_length(part) for part in parts if len(part)]
+        parts = [part for part in parts if len(part)]
+        self.phases = [self.by_length(part) for part in parts]
+        # targets, from and to, that the documents of each make up
+        self.stretches = [(int(self.starts[p[0]]), int(self.ends[p[-1]])) for p in parts]
         self.batches = list(chain(*self.phases))
         self.out = torch.zeros(2, val.n, device=ranks.device)  # nats, and how often it was scored
         self.factors = DocumentFactors(c, ranks, model)
@@ -5362,11 +5370,13 @@ class DocumentPass:
         live = self.trainer.live_tensors() if self.trainer else {}
         # a checkpoint has the nats of all the stream: batches are not in its order
         before = np.full(n, self.val.n)
+        if self.ranks.compile:
+            watch.leave_out(self.prime())
         resumed = checkpoint.resume(self.out, before, live, watch) if checkpoint else 0
         progress = Progress(run, "ttt", watch)
         documents_done = np.cumsum([len(batch) for batch in self.batches]).tolist()
         end = 0
-        for batches in self.phases:
+        for stretch, batches in zip(self.stretches, self.phases, strict=True):
             begin, end = end, end + len(batches)
             for b in range(max(begin, resumed), end, world):
                 if checkpoint:
@@ -5377,23 +5387,43 @@ class DocumentPass:
                 documents = documents_done[done - 1], len(self.starts)
                 progress.show(document=documents, batch=(done, n))
             if resumed < end < n:
-                self.train(np.concatenate(batches))
+                self.train(*stretch)
         self.ranks.sum(self.out)
         check_times_scored("ttt", self.out[-1])
         self.ranks.synchronize()
         return [(self.out[0], watch.elapsed())]
 
+    @contextlib.contextmanager
+    def learning(self) -> Iterator[None]:
+        """While all weights learn."""
+        self.model.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+        self.model.requires_grad_(False)
+
+    @CONSOLE.doing("compiling")
+    def prime(self) -> float:
+        """Compile what training between phases will call; seconds. Nothing of it remains."""
+        began = perf_counter()
+        if self.trainer:
+            lengths = [end - begin for begin, end in self.stretches[:-1] if self.can_train(end)]
+            with self.learning():
+                self.trainer.prime(self.val.tokens, lengths)
+            self.ranks.synchronize()
+        return perf_counter() - began
+
+    def can_train(self, end: int) -> bool:
+        """Whether the stream up to there is as long as one of the sequences of training."""
+        return end >= self.c.eval_seq_len
+
     @CONSOLE.doing("test-time training")
-    def train(self, documents: np.ndarray) -> None:
-        """Let all weights learn from scored documents that follow each other in the stream."""
-        c = self.c
-        begin, end = int(self.starts[documents.min()]), int(self.ends[documents.max()])
-        if self.trainer and end >= c.eval_seq_len:  # its sequences are that long
+    def train(self, begin: int, end: int) -> None:
+        """Let all weights learn from targets of the stream that were scored."""
+        if self.trainer and self.can_train(end):
             self.observer.learned(begin, end)
-            self.model.requires_grad_(True)
-            with torch.enable_grad():
-                self.trainer.train(self.val.tokens, begin, end, rate=c.ttt_phase_lr, epochs=1)
-            self.model.requires_grad_(False)
+            rate = self.c.ttt_phase_lr
+            with self.learning():
+                self.trainer.train(self.val.tokens, begin, end, rate=rate, epochs=1)
 
     def score_batch(self, documents: np.ndarray) -> None:
         """Score a batch, chunk by chunk, and let the factors learn from each."""

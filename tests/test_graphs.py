@@ -52,8 +52,8 @@ def graphs(monkeypatch):
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", compiled)
-    for name in ("prime", "prime_pass"):
-        monkeypatch.setattr(t, name, off_the_clock(getattr(t, name)))
+    for owner, name in ((t, "prime"), (t, "prime_pass"), (t.DocumentPass, "prime")):
+        monkeypatch.setattr(owner, name, off_the_clock(getattr(owner, name)))
     yield found
     torch._dynamo.reset()
 
@@ -103,6 +103,19 @@ def test_no_graph_of_training_or_an_evaluator_breaks(name, graphs, stream):
     assert not any(on_a_clock for *_, on_a_clock in graphs)
 
 
+def test_what_lora_trains_between_phases_is_compiled_before_its_clock(graphs, stream):
+    lora = dict(TTT_PARAMS="lora", TTT_OPTIMIZER="adamw", EVALS="ttt")
+    phases = dict(TTT_LORA_CHUNK="16", TTT_PHASES="3", TTT_BATCH_SEQS="3")
+    c = config(**SHORT, **lora, **phases)
+    run, val = stream(c)
+    val.tokens[::100] = t.DOCUMENT_START
+    model = t.GPT(c)
+    t.compile_model(model)
+    ((nats, _),) = t.score(run, model, val, [("ttt", c)])
+    assert nats.isfinite().all()
+    assert graphs == [("forward", (n, 32), False) for n in (1, 3)]  # what is left over, and whole
+
+
 @pytest.mark.parametrize("world", [1, 3])
 def test_what_ttt_compiles_is_what_it_calls(world, stream):
     """A graph is for one shape and one layout, also of a rank's part of a chunk."""
@@ -117,7 +130,7 @@ def test_what_ttt_compiles_is_what_it_calls(world, stream):
             called.append([(y.shape, y.stride()) for y in x[:2]]) or forward(*x)
         )
         trainer = t.ChunkTrainer(c, run.ranks, model, torch.optim.SGD, 0)
-        trainer.prime(val.tokens)
+        trainer.prime(val.tokens, [128])
         assert called
         trainer.train(val.tokens, 128, 256, rate=0.01, epochs=1)
         assert called[0] == called[1] and len(called) == 2
