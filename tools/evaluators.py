@@ -23,7 +23,7 @@ NEAR = 1e-4  # nats in single precision, and the same by another way
 
 
 class EnoughError(Exception):
-    """All targets that are needed are scored; its value: the nats [n] so far."""
+    """All targets that are needed are scored; its value: their nats."""
 
 
 class Stream:
@@ -166,7 +166,7 @@ class Ledger(t.Observer):
     def watching(self, needed: int | None = None) -> Iterator[None]:
         """See what goes through row_nll, and when a carried delta is fitted.
 
-        Raises EnoughError after the first `needed` targets of a pass on one rank.
+        Raises EnoughError after the first `needed` targets of a pass.
         """
         row_nll, cross_entropy, fit = t.row_nll, F.cross_entropy, t.Slot.fit
         score_batch = t.score_batch
@@ -186,8 +186,10 @@ class Ledger(t.Observer):
 
         def stopped(work: t.Pass, windows: slice) -> Any:
             moment = score_batch(work, windows)
-            if needed and self.ranks.world == 1 and work.out[-1, :needed].all():
-                raise EnoughError(work.out[0])
+            if needed:
+                nats, times = self.ranks.sum(work.out[:, :needed].clone())
+                if times.all():  # on all ranks at once
+                    raise EnoughError(nats)
             return moment
 
         with (
@@ -237,7 +239,7 @@ class Evaluation(blackbox.Box):
             with contextlib.nullcontext() if mixes else watching:
                 nats = score(self.run_, self.model, stream, self.label, self.c, observer)
         except EnoughError as enough:
-            return np.append(enough.args[0][:needed].double().cpu(), self.base[needed:])
+            return np.append(enough.args[0].double().cpu(), self.base[needed:])
         self.ledger = self.ledger or ledger
         return nats.double().numpy()
 
