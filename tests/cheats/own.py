@@ -152,13 +152,13 @@ def bonus():
 
 def trains_first():
     """TTT on a chunk before it is scored."""
-    score_batch, done = t.score_batch, {}
+    score_batch = t.score_batch
 
     def cheating(work, windows):
         c, chunk = work.c, int(work.chunk_of[min(windows.start, len(work.chunk_of) - 1)])
         end = (chunk + 1) * c.ttt_chunk_tokens
-        if done.get(id(work)) != chunk and end <= work.val.n:
-            done[id(work)] = chunk
+        if getattr(work, "trained_first", None) != chunk and end <= work.val.n:
+            work.trained_first = chunk
             with torch.enable_grad():
                 work.trainer.train(
                     work.val.tokens, chunk * c.ttt_chunk_tokens, end, rate=0.05, epochs=1
