@@ -151,8 +151,8 @@ class Config:
         "", "NAME or FOLDER/NAME of the log and folder in logs/, new; empty: date, time, seed."
     )
     seed: int = setting(1337, "Seed of initial weights and data order.", high=2**31 - 1)
-    device: Literal["auto", "cpu", "cuda", "mps"] = setting(
-        "auto", "auto: cuda if there is a GPU for it, else cpu. mps, Apple's, was never tried."
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "auto: cuda if there is a GPU for it, else cpu."
     )
     compile: Literal["auto", "0", "1"] = setting("auto", "torch.compile; auto: on a GPU.")
     dtype: Literal["auto", "fp32", "bf16"] = setting(
@@ -617,7 +617,7 @@ SETTINGS = {f.name.upper(): describe(f) for f in dataclasses.fields(Config) if f
 # or more, and is none, is taken for a misspelt one, unless other programs' begin like that too.
 FIRST_WORDS = [name.partition("_")[0] for name in SETTINGS]
 FAMILIES = sorted({word for word in FIRST_WORDS if FIRST_WORDS.count(word) > 1})
-COMMON_WORDS = {"DATA", "EVAL", "LOAD", "NUM", "SAVE", "TRAIN", "VAL"}
+COMMON_WORDS = {"DATA", "EVAL", "LOAD", "NUM", "PARALLEL", "SAVE", "TRAIN", "VAL"}
 
 
 def parse_value(s: Setting, text: str) -> Any:
@@ -658,11 +658,10 @@ def parse_names(s: Setting, words: list[str]) -> tuple[str, ...]:
 def nearest_name(name: str, cutoff: float = 0.0) -> str:
     """The setting whose name is most like this one, of its family if it has one; or ""."""
     family = name.partition("_")[0]
-    known = list(SETTINGS)
     if family in FAMILIES and family not in COMMON_WORDS:
-        known = [n for n in known if n.partition("_")[0] == family]
-        cutoff = 0.0
-    return next(iter(difflib.get_close_matches(name, known, 1, cutoff)), "")
+        known = [n for n in SETTINGS if n.partition("_")[0] == family]
+        return difflib.get_close_matches(name, known, 1, 0.0)[0]
+    return next(iter(difflib.get_close_matches(name, SETTINGS, 1, cutoff)), "")
 
 
 def unknown_names(env: Mapping[str, str]) -> list[str]:
@@ -758,6 +757,8 @@ def cross_check(c: Config) -> list[str]:
         ("NUM_HEADS", "NUM_KV_HEADS"),
         ("TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN"),
     ):
+        if c.load_artifact and multiple == "TRAIN_BATCH_TOKENS":
+            continue  # nothing is trained
         if getattr(c, multiple.lower()) % getattr(c, of.lower()):
             found.append((multiple, f"must be a multiple of {of}={getattr(c, of.lower())}"))
     return [f"{name}={shown(getattr(c, name.lower()))}: {text}." for name, text in found]
@@ -1201,7 +1202,7 @@ def compress(raw: bytes) -> bytes:
         part = raw[at : at + size]
         return lzma.compress(part, lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=LZMA_FILTERS)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         return b"".join(pool.map(stream, range(0, len(raw), size)))
 
 
@@ -1377,20 +1378,26 @@ def keep_freed_memory(block: int = 2**25, rest: int = 2**31 - 1) -> None:
             ctypes.CDLL(None).mallopt(option, value)
 
 
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """fp64, for sums of many terms; fp32 on Apple's GPUs, which have no fp64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def find_device(wanted: str) -> torch.device:
     """The device that DEVICE asks for; of several GPUs this process's. Raises BadInput."""
-    if wanted in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if wanted == "mps" and torch.backends.mps.is_available():
-        return torch.device("mps")
-    if wanted in ("cuda", "mps"):
-        raise BadInput(f"DEVICE={wanted}: torch sees no such GPU; allowed here: cpu or auto.")
-    return torch.device("cpu")
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise BadInput(f"DEVICE={wanted}: torch sees no GPU; allowed here: cpu or auto.")
+    number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= there:
+        raise BadInput(
+            f"LOCAL_RANK={number}: torch sees {there} GPUs; start with"
+            f" --nproc_per_node={there}, or set DEVICE=cpu."
+        )
+    return torch.device("cuda", number)
+
+
+def cores() -> int:
+    """Cores that this process may use, of which the machine may have more."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Ranks:
@@ -1403,8 +1410,6 @@ class Ranks:
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks of this machine
         self.device = find_device(c.device)
         self.cuda = self.device.type == "cuda"
-        if self.device.type == "mps" and self.world > 1:
-            raise BadInput("DEVICE=mps: one process only; start it without torchrun.")
         bf16 = c.dtype == "bf16" or (c.dtype == "auto" and self.cuda)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.compile = c.compile == "1" or (c.compile == "auto" and self.cuda)
@@ -1414,7 +1419,7 @@ class Ranks:
         else:
             keep_freed_memory()
             if self.local_world > 1:  # torchrun gives each process one thread
-                torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world))
+                torch.set_num_threads(max(1, cores() // self.local_world))
 
     @CONSOLE.doing("waiting for the other ranks")
     def connect(self) -> None:
@@ -1433,8 +1438,6 @@ class Ranks:
         """Wait for the device, before a clock is read."""
         if self.cuda:
             torch.cuda.synchronize()
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
 
     def moment(self) -> Any:
         """Now on the device: a CUDA event, or seconds, once the device is done."""
@@ -1457,8 +1460,6 @@ class Ranks:
         tensor = torch.from_numpy(array)
         if self.cuda:
             return tensor.pin_memory().to(self.device, non_blocking=True)
-        if tensor.dtype == torch.float64:
-            tensor = tensor.to(wide_dtype(self.device))
         return tensor.to(self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -1607,7 +1608,10 @@ class RunLog:
         if self.ranks.rank == 0:
             self.open(bool(self.resume or restarts))
         self.ranks.connect()
-        self.rows = json.loads(bytes(self.ranks.share(json.dumps(self.rows).encode())))
+        # the name too: it may hold the time, which ranks do not read in the same second
+        shared = json.dumps([self.name, self.rows]).encode()
+        self.name, self.rows = json.loads(bytes(self.ranks.share(shared)))
+        self.folder = Path("logs") / self.name
 
     def open(self, resume: bool) -> None:
         """Open the two logs; what a kill left as half a line, or half a file, is taken away."""
@@ -1665,8 +1669,6 @@ class RunLog:
         device = f"cpu threads:{torch.get_num_threads()}"
         if ranks.cuda:
             device = torch.cuda.get_device_name()
-        elif ranks.device.type == "mps":
-            device = "mps"
         return (
             f"python:{sys.version.split()[0]} torch:{torch.__version__} numpy:{np.__version__}"
             f" device:{device} dtype:{ranks.dtype} world_size:{ranks.world}"
@@ -1842,6 +1844,8 @@ class Run:
             f"stopped by a signal; all that was done is in {self.log.folder};"
             f" {self.log.remedy()} goes on"
         )
+        if self.ranks.world > 1:
+            dist.barrier()  # torchrun kills all ranks soon after the first has ended
         sys.exit(STOP_SIGNALS.exit_status())
 
 
@@ -2358,7 +2362,7 @@ def attention_kernel(name: str, c: Config, ranks: Ranks) -> str:
     Raises BadInput if a GPU has none but plain products, many times slower. The private function is
     the only one that says which kernel is taken; the public ones can but forbid some.
     """
-    if name != "sdpa" or ranks.device.type == "mps":
+    if name != "sdpa":
         return name
     length = c.eval_seq_len if c.load_artifact else c.train_seq_len
     mask = None
@@ -2806,11 +2810,15 @@ class GPT(nn.Module):
     def start_recurrence(self) -> None:
         """Let recurrent layers run again; later visits' own vectors begin as the first's."""
         self.recurring = True
-        for i in self.c.recur_layers:
-            for name in ("resid_mix", "attn_scale", "mlp_scale"):
-                if self.c.recur_style == "own":
-                    p = getattr(self.blocks[i], name)
-                    p[1:] = p[0]
+        for p in self.vectors_by_visit().values():
+            p[1:] = p[0]
+
+    def vectors_by_visit(self) -> dict[str, nn.Parameter]:
+        """Parameters by name that have a row for each visit of a recurrent layer."""
+        layers = self.c.recur_layers if self.c.recur_style == "own" else ()
+        kinds = ("resid_mix", "attn_scale", "mlp_scale")
+        names = [f"blocks.{i}.{kind}" for i in layers for kind in kinds]
+        return {name: self.get_parameter(name) for name in names}
 
     def head_weight(self) -> Tensor:
         """Output matrix [V,D], fp32."""
@@ -2908,6 +2916,7 @@ def settings_behind(c: Config, own: Shapes, there: Shapes) -> str:
         elif s.kind in ("int", "float"):
             others = [n for n in (0, value - 1, value + 1) if s.low <= n <= s.high]
         tried = [dataclasses.replace(c, **{s.name.lower(): other}) for other in others]
+        tried = [x for x in tried if not list(model_problems(x))]
         moved[s.name] = set().union(*(kinds_of_misfit(base, model_shapes(x)) for x in tried))
     wrong = kinds_of_misfit(own, there)
     names = {name for name, _ in wrong}
@@ -3114,9 +3123,8 @@ class Optimizer:
         Squares are summed in fp64: the norm scales every gradient, and in fp32 its rounding would
         depend on the number of ranks. (Gradients themselves are averaged over ranks in fp32.)
         """
-        wide = wide_dtype(self.ranks.device)
         squares = [
-            torch.stack(torch._foreach_norm(gradients, 2, wide)).square().sum()
+            torch.stack(torch._foreach_norm(gradients, 2, torch.double)).square().sum()
             for gradients in (shares, small)
         ]
         norm = (self.ranks.sum(squares[0]) + squares[1]).sqrt().float()
@@ -3218,11 +3226,14 @@ class Clock:
     On a GPU the host is `lag` steps ahead of the device. A time is then that of a moment in the
     device's own order of work, read when the device has passed it, and it goes with the number of
     the step that begins there: at step s rank 0 can read the beginning of step s - lag, and the
-    others know it lag steps later. It is carried on to step s at the mean time of a step so far.
+    others know it lag steps later. With a lag of 2 the call at step s sends the time of step
+    s - 2 and receives what the call at s - 2 sent, the time of step s - 4. It is carried on to step
+    s at the mean time of a step so far.
 
-    The first steps are waited for: there an error of a few steps would be a large part of the time
-    that has passed. The step after a save or after QAT's start is waited for too. The first step
-    of a run has no part in the mean: it may hold compiling, or a device's start.
+    The mean is of this process's steps: a run can be resumed on another machine. The first one has
+    no part in it: it may hold compiling, or a device's start. The first steps are waited for: there
+    an error of a few steps would be a large part of the time that has passed. So is the step after
+    a save or after QAT's start.
     """
 
     WAITED = 5  # steps: 2 lag + 1, until when no answer would have come without waiting
@@ -3230,25 +3241,30 @@ class Clock:
     def __init__(
         self, ranks: Ranks, cap_ms: float, step: int = 0, ms: float = 0.0, step_ms: float = 0.0
     ) -> None:
-        """step_ms: what a step is thought to take, until it is measured."""
+        """Begins after so many steps and ms; step_ms: of a step, as rehearsed (0: it was not)."""
         self.ranks, self.cap_ms, self.poll = ranks, cap_ms, Poll(ranks)
+        self.begin = step
         self.waited_to = step + self.WAITED
         self.agreed_at = (step, ms)  # what all ranks know
         self.own = (step, ms)  # what this rank knows
-        self.step_ms = ms / step if step else step_ms
-        self.first_ms = 0.0  # of the first step of a run
+        self.step_ms = step_ms or ms / max(step, 1)  # a guess until it is measured
+        self.first_ms = 0.0  # training time when this process had done a step
         self.anchor = (ranks.moment(), ms)  # a moment and its training time
         self.unread: deque[tuple[int, tuple[Any, float], Any]] = deque()
 
     @property
     def measured(self) -> bool:
         """Whether the time of a usual step is known, and no guess."""
-        return self.agreed_at[0] > 1
+        return self.agreed_at[0] > self.begin + 1
 
     def read(self, anchor: tuple[Any, float], moment: Any) -> float:
         """Training time in ms at a moment, for which it waits."""
         start, ms = anchor
         return ms + self.ranks.ms_between(start, moment)
+
+    def runs_out(self, ms: float) -> bool:
+        """Whether there is a cap, and a training time of so many ms reaches it."""
+        return 0 < self.cap_ms <= ms
 
     def now(self) -> float:
         """This rank's training time in ms, once the device is done."""
@@ -3267,11 +3283,11 @@ class Clock:
             number, ms, stops, bad = answer
             self.agreed_at = int(number), ms
         at, ms = self.agreed_at
-        if at == 1:
+        steps = at - self.begin - 1  # without the first
+        if steps == 0:
             self.first_ms = ms
             self.step_ms = self.step_ms or ms
-        elif at > 1:
-            steps = at - 1 if self.first_ms else at
+        elif steps > 0:
             self.step_ms = (ms - self.first_ms) / steps
         return ms + (step - at) * self.step_ms, stops > 0, bad <= step
 
@@ -3341,7 +3357,7 @@ def calibrate(c: Config, ranks: Ranks, model: GPT, text: TrainData | ValidationT
     over sequences. Kept are the means over each row and each column. A Hessian is the sum over
     sequences of g'g / rows, g a matrix's gradient; its diagonal is the columns' cost.
     """
-    n = max(ranks.world, c.calibration_tokens // c.train_seq_len)
+    n = max(1, c.calibration_tokens // c.train_seq_len)  # the same on any number of ranks
     sequences = np.stack([text.sequence(i) for i in range(n)]).astype(np.int64)
     mine = ranks.put(sequences[ranks.rank :: ranks.world])
     params = {n: p for n, p in model.named_parameters() if export_kind(c, n) in LEVELS}
@@ -3812,7 +3828,7 @@ class Gptq(RateDistortion):
         distance = torch.stack(
             [spacing(found[name].rows, found[name].columns, step_size) for name in names]
         )
-        h = torch.stack([self.hessians[name] for name in names]).to(wide_dtype(w.device))
+        h = torch.stack([self.hessians[name] for name in names]).double()
         damping = 0.01 * h.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30
         h += torch.diag_embed(damping.expand(h.shape[:2]))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
@@ -4075,14 +4091,20 @@ def read_artifact(c: Config) -> tuple[Config, dict[str, Tensor]]:
     clash = [
         f"{name.upper()}={shown(getattr(c, name))} (there {shown(value)})"
         for name, value in values.items()
-        if name in c.explicit and getattr(c, name) != value
+        # RECUR_START=0 only says that recurrence was on, see export()
+        if name in c.explicit and name != "recur_start" and getattr(c, name) != value
     ]
+    if clash:
+        raise BadInput(
+            f"{where}: was made with other settings: {' '.join(map(in_words, clash[:9]))}. Unset"
+            " them: the artifact knows."
+        )
     c = dataclasses.replace(c, **values)
-    problems = clash or cross_check(c)
+    problems = cross_check(c)
     if problems:
         raise BadInput(
-            f"{where}: was made with other settings: {' '.join(map(in_words, problems[:9]))}. Unset"
-            " them: the artifact knows."
+            f"{where}: has settings that do not go with the others:"
+            f" {' '.join(map(in_words, problems[:9]))} Change the others."
         )
     if values and c.num_layers > len(shapes):
         raise BadInput(f"{where}: does not fit: {len(shapes)} tensors in all. {remedy}.")
@@ -4230,7 +4252,7 @@ class Averages:
             quantizer = make_quantizer(self.c, model.state_dict(), grid_alone)
             step_size = step_size or quantizer.search(bytes_for_weights(self.c))
             load_state(model, quantizer.rounded(step_size), "average")
-            total = torch.zeros((), device=ranks.device, dtype=wide_dtype(ranks.device))
+            total = torch.zeros((), device=ranks.device, dtype=torch.double)
             for ids, goal in zip(inputs, targets, strict=True):
                 total += GPT.forward(model, ids, goal, "sum")  # no compiling on the clock
             losses[name] = ranks.sum(total).item() / (len(tokens) - 1)
@@ -4519,13 +4541,14 @@ class Slot(ScoringMethod):
             g = columns @ weight
             if c.slot_bias:
                 g = torch.cat((g, columns), -1)
-            moved = moved + c.slot_hyper_lr * (g * last).sum(-1, keepdim=True)
-            last = g
+            if c.slot_hyper_lr:
+                moved = moved + c.slot_hyper_lr * (g * last).sum(-1, keepdim=True)
+                last = g
             self.adam_step(state, g, cosine(c.slot_lr, low, step, c.slot_steps) + moved)
 
     @staticmethod
-    def adam_step(state: Tensor, g: Tensor, rate: Tensor) -> None:
-        """One step of AdamW on state [4,G,P], with rates [G,1]."""
+    def adam_step(state: Tensor, g: Tensor, rate: float | Tensor) -> None:
+        """One step of AdamW on state [4,G,P], with one rate or rates [G,1]."""
         value, m, v, count = state
         count += 1
         m.lerp_(g, 0.1)
@@ -4538,10 +4561,12 @@ class Slot(ScoringMethod):
     def nats(self, b: Batch) -> Tensor:
         """Nats [S]. If a state is carried, ranks call it together: it goes round."""
         found = [b.h.new_empty(0).float()]  # cat needs one, also on a rank without windows
-        for rank in range(self.ranks.world) if self.carried else [self.ranks.rank]:
+        if not self.carried:
+            return torch.cat([*found, *self.group_nats(b)])
+        for rank in range(self.ranks.world):  # in the order of the stream
             if rank == self.ranks.rank:
                 found += self.group_nats(b)
-            if self.carried and self.ranks.world > 1:
+            if self.ranks.world > 1:
                 for tensor in self.state().values():
                     dist.broadcast(tensor, rank)
         return torch.cat(found)
@@ -4549,7 +4574,7 @@ class Slot(ScoringMethod):
     def group_nats(self, b: Batch) -> Iterator[Tensor]:
         """Nats of the batch, in parts of the windows that are fitted at once.
 
-        A group is the windows that share a delta: one window, or with SLOT_DELTA=batch all.
+        A group is the windows that share a delta: one, or with SLOT_DELTA=shared all.
         """
         length = b.h.size(1)
         put = self.ranks.put
@@ -4606,11 +4631,13 @@ class Slot(ScoringMethod):
     def tell(self, b: Batch, first: int, flat: np.ndarray, shares: np.ndarray) -> None:
         """Tell the observer what the groups from the batch's window `first` on are fitted to."""
         R = b.h.size(1)
+        ahead = 0  # windows from a group to those that are scored with what is fitted to it
+        if self.carried:
+            ahead = 1 if self.by_window else len(b.origins)
         for group, (rows, share) in enumerate(zip(flat, shares, strict=True)):
             used = rows[share > 0]
             targets = b.origins[first + used // R] + used % R
-            behind = 1 if self.by_window else len(b.origins)  # a carried state is for later windows
-            self.observer.fitted(targets, b.window + first + group + behind * self.carried)
+            self.observer.fitted(targets, b.window + first + group + ahead)
 
 
 # CTW weighs all context trees up to a depth at once. A node is a context, the last d tokens. With
@@ -4979,7 +5006,8 @@ class Progress:
 class PassCheckpoint:
     """What a pass is resumed from: nats so far and live tensors.
 
-    Saved when thirty times what saving costs has passed, unless SAVE_EVERY is 0.
+    Saved when the run is stopped, and, unless SAVE_EVERY is 0, when thirty times what saving costs
+    has passed.
     """
 
     def __init__(self, c: Config, run: Run, kind: str) -> None:
@@ -5004,11 +5032,7 @@ class PassCheckpoint:
         live: Mapping[str, Tensor],
     ) -> None:
         """Raises ValueError for a file that this pass cannot have written."""
-        own = self.own(there, out, live)
-        wrong = misfits(shapes_of(own), shapes_of(there))
-        wrong += [name for name in own if not wrong and own[name].dtype != there[name].dtype]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is not of this pass")
+        check_fits(self.own(there, out, live), there)
         window, *times = there["counters"].tolist()
         whole = window.is_integer() and 0 <= window < len(before)
         if not whole or min(times) < 0:
@@ -5029,7 +5053,8 @@ class PassCheckpoint:
             return 0
         own = self.own(there, out, live)
         copy_tensors(self.c, own, there, self.kind)
-        out *= self.run.ranks.rank == 0  # ranks sum it in the end
+        if self.run.ranks.rank:
+            out.zero_()  # ranks sum it in the end
         window, elapsed, compiling, *spent = own["counters"].tolist()
         watch.resume(elapsed, compiling, spent)
         return int(window)
@@ -5180,8 +5205,9 @@ def prime_pass(work: Pass) -> float:
     for part in told:
         part.observer = SILENT
     size = work.batch_windows
-    for first in (0, size):  # the first window is scored whole, the others' last rows alone
-        score_batch(work, slice(first, min(first + size, len(work.starts))))
+    # the first window is scored whole, the others' last rows alone; one window is a shape too
+    for first, last in ((0, size), (size, 2 * size), (size, size + 1)):
+        score_batch(work, slice(first, min(last, len(work.starts))))
     if work.trainer:
         work.trainer.prime(work.val.tokens, [work.c.ttt_chunk_tokens])
     work.out.zero_()
@@ -5211,11 +5237,11 @@ def score(
     stopped and resumed. Raises Fault unless each target was scored once (C4).
     """
     if EVALUATORS[jobs[0][0]].ttt and jobs[0][1].ttt_params == "lora":
-        if {name for name, _ in jobs} != {jobs[0][0]}:
-            raise ValueError("lora's factors score for no other evaluator")
+        if any(job != jobs[0] for job in jobs):
+            raise ValueError("lora's factors score for one evaluator and Config alone")
         alone = DocumentPass(jobs[0][1], run.ranks, model, val, observer)
         found = alone.score(run, watch or Stopwatch(run.ranks, 1), checkpoint)
-        return found * len(jobs)  # which are all the same
+        return found * len(jobs)
     work = Pass(run, model, val, jobs, observer)
     names = "+".join(dict.fromkeys(name for name, _ in jobs))
     ranks, out = work.ranks, work.out
@@ -5258,12 +5284,13 @@ def check_times_scored(names: str, times: Tensor) -> None:
 
 
 # TTT_PARAMS=lora (#1530, #1767): each document has W + b a in place of a matrix W [out,in] of the
-# banks, with its own a [r,in], which begins random, and b [out,r], which begins as zero. A document
-# is cut into chunks; each is scored, then a and b take steps on it. Documents know nothing of each
-# other, so their order changes nothing: those of about the same length share a batch. A chunk's
-# window reaches back from where a whole chunk would end: were it moved back to end with the
-# document, how much context its targets have would tell where that is. With TTT_PHASES the stream's
-# documents are done part by part, and between parts W itself learns from the part that was scored.
+# banks, with an a [r,in] and b [out,r] of its own. All begin with the same random a, and b as zero.
+# A document is cut into chunks; each is scored, then a and b take steps on it. Documents know
+# nothing of each other, so their order changes nothing: those of about the same length share a
+# batch. A chunk's window reaches back from where a whole chunk would end: were it moved back to end
+# with the document, how much context its targets have would tell where that is. With TTT_PHASES the
+# stream's documents are done part by part, and between parts W itself learns from the part that was
+# scored.
 
 
 def document_starts(val: ValData) -> np.ndarray:
@@ -5356,7 +5383,8 @@ class DocumentPass:
         batches = []
         while len(order):
             window = min(c.eval_seq_len, int(self.chunks[order[0]]) * c.ttt_lora_chunk)
-            # factors and an optimiser's state take what activations of three tokens a rank do
+            # each unit of LoRA rank, with its optimiser's state, takes what three tokens'
+            # activations do
             size = max(1, limit // (window + 3 * c.ttt_lora_rank))
             batches.append(order[:size])
             order = order[size:]
@@ -5514,7 +5542,6 @@ def evaluate(
             found = evaluate_pass(c, run, model, val, weights, labels=group, keep=mix_due)
             if mix_due:
                 nats |= found
-            remove_files(run, "progress_*")
     if mix_due:
         log_mixture(c, run, val, weights, nats)
     remove_files(run, f"scored_{weights}_*")
@@ -5551,6 +5578,7 @@ def evaluate_pass(
         if keep:
             run.store.save(f"scored_{weights}_{label}", 0, {"nats": nats})
     run.store.wait()
+    remove_files(run, checkpoint.kind)
     return {label: nats for label, (nats, _) in zip(labels, results, strict=True)}
 
 
@@ -5618,20 +5646,42 @@ def log_result(
     run.log.metric(f"final_{weights}_{label}", **figures)
 
 
+def check_fits(own: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless a file has tensors of the names, shapes and dtypes of one's own."""
+    wrong = misfits(shapes_of(own), shapes_of(there))
+    if not wrong:
+        wrong = [name for name in own if own[name].dtype != there[name].dtype]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is not of this pass")
+
+
 @CONSOLE.doing("pre-quantisation TTT")
 def train_on_validation(c: Config, run: Run, model: GPT, val: ValData) -> None:
-    """Pre-quantisation TTT (#1488): AdamW on tokens before they are scored. Breaks C3."""
+    """Pre-quantisation TTT (#1488): AdamW on tokens before they are scored. Breaks C3.
+
+    What it goes on from after a stop is saved after each epoch, as often as SAVE_EVERY lets it.
+    """
     adam = functools.partial(torch.optim.AdamW, weight_decay=0.0)
     trainer = ChunkTrainer(c, run.ranks, model, adam, c.prequant_ttt_freeze_blocks)
+    done = torch.zeros((), dtype=torch.double)  # epochs
+    live = {**trainer.live_tensors(), "epochs": done}
+    there = run.store.restore("prequant_ttt", functools.partial(check_fits, live))
+    if there:
+        copy_tensors(c, live, there, "prequant_ttt")
+    poll = Poll(run.ranks)
     began = perf_counter()
     high, epochs = c.prequant_ttt_lr, c.prequant_ttt_epochs
-    for epoch in range(epochs):
+    for epoch in range(int(done), epochs):
         rate = cosine(high, high / 10, epoch, epochs)
         trainer.train(val.tokens, 0, val.n, rate=rate, epochs=1)
         seconds = perf_counter() - began
         run.log.line(f"prequant_ttt:epoch {epoch + 1}/{epochs} seconds:{seconds:.1f}")
-        answer = Poll(run.ranks).ask(wait=True)
-        if answer and answer[0]:
+        done += 1
+        answer = poll.ask(wait=True)
+        stop = bool(answer and answer[0])
+        if stop or c.save_every:
+            run.store.save("prequant_ttt", epoch + 1, live)
+        if stop:
             run.stop()
     model.zero_grad(set_to_none=True)
 
@@ -5757,10 +5807,12 @@ def prime(c: Config, run: Run, model: GPT, data: TrainData) -> Rehearsal:
             model.recurring = bool(c.recur_layers)
             rehearse_end(c, ranks, model, data)  # the first one warms up
             end = rehearse_end(c, ranks, model, data)
-    step_ms = min(taken[1:], default=0.0)  # the first one compiles
+    step_ms = min(taken[1 + bool(c.recur_layers) :], default=0.0)  # those before compile
     own = torch.tensor([step_ms, *end], device=ranks.device)
     found = Rehearsal(*ranks.sum(own * (ranks.rank == 0)).tolist())
-    line = f"primed in {c.warmup_steps} steps: a step {found.step:.2f}ms"
+    line = f"primed in {c.warmup_steps} steps"
+    if found.step:
+        line += f": a step {found.step:.2f}ms"
     if found.end:
         line += (
             f", fixing QAT's grid {found.qat_start:.0f}ms, what follows the last {found.end:.0f}ms"
@@ -5786,6 +5838,16 @@ def rehearse_end(c: Config, ranks: Ranks, model: GPT, data: TrainData) -> tuple[
     return ranks.ms_between(begin, start), end
 
 
+class Counters(NamedTuple):
+    """Numbers of a checkpoint, kept as one fp64 tensor."""
+
+    step: float
+    ms: float  # training time
+    qat_step_size: float  # 0: late QAT is off
+    snapshots: float  # SWA's
+    time_up: float  # 1: the time cap ended training
+
+
 class TrainingState:
     """What training changes, and goes on from."""
 
@@ -5800,11 +5862,11 @@ class TrainingState:
     def tensors(self, step: int = 0, ms: float = 0.0) -> dict[str, Tensor]:
         """Live tensors by name: all of a checkpoint but its header, which has the settings.
 
-        Parameters, averages, QAT's grid, the optimiser's, and counters: step, training time in ms,
-        QAT's step size, SWA's snapshots, whether the time is up.
+        Parameters, averages, QAT's grid, the optimiser's, and Counters.
         """
         names = {p: name for name, p in self.model.named_parameters()}
-        counters = [step, ms, self.qat.step_size, self.averages.snapshots, self.time_up]
+        snapshots = self.averages.snapshots
+        counters = Counters(step, ms, self.qat.step_size, snapshots, self.time_up)
         found: dict[str, Tensor] = {"counters": torch.tensor(counters, dtype=torch.double)}
         found |= {name: p for p, name in names.items()}
         for kind, tensors in self.averages.kept.items():
@@ -5827,13 +5889,22 @@ class TrainingState:
             if not there:
                 return 0, 0.0
             run.log.line(self.take_what_fits(own, there))
-        step, ms, step_size, snapshots, time_up = own["counters"].tolist()
-        self.averages.steps, self.averages.snapshots = int(step), int(snapshots)
-        self.qat.step_size = step_size
-        self.time_up = bool(time_up)  # or what is measured anew might let the run go on
+            self.start_recurrence_late(own)
+        counters = Counters(*own["counters"].tolist())
+        self.averages.steps, self.averages.snapshots = int(counters.step), int(counters.snapshots)
+        self.qat.step_size = counters.qat_step_size
+        self.time_up = bool(counters.time_up)  # what is measured anew might let the run go on
         names = {p: name for name, p in self.model.named_parameters()}
         self.optimizer.take_momentum(own, names)
-        return int(step), ms
+        return int(counters.step), counters.ms
+
+    def start_recurrence_late(self, own: Mapping[str, Tensor]) -> None:
+        """Begin what LOAD_CHECKPOINT's run had not begun, though this one is past RECUR_START."""
+        if not own["counters"][0] > self.c.recur_start > 0:
+            return
+        names = self.model.vectors_by_visit()
+        if not any(own[f"exp_avg_sq.{name}"][1:].any() for name in names):  # never learnt
+            self.model.start_recurrence()
 
     @torch.no_grad()
     def take_what_fits(self, own: Mapping[str, Tensor], there: dict[str, Tensor]) -> str:
@@ -5847,16 +5918,15 @@ class TrainingState:
         without_grid = {name: tensor for name, tensor in own.items() if name not in grid}
         where = f"LOAD_CHECKPOINT={self.c.load_checkpoint}"
         both = copy_what_both_have(self.c, without_grid, there, where)
-        counters = own["counters"]
-        counters[2] = 0.0  # late QAT is off
-        counters[4] = 0.0  # the time is not up
+        counters = Counters(*own["counters"].tolist())._replace(qat_step_size=0.0, time_up=0.0)
         averages = tuple(f"{kind}." for kind in self.averages.kept)
         new = own.keys() - both - grid
         for name in new:
             if name.startswith(averages):
                 own[name].copy_(own[name.partition(".")[2]])
         if not any(name.startswith("swa.") for name in both):
-            counters[3] = 0.0  # no snapshots
+            counters = counters._replace(snapshots=0.0)
+        own["counters"].copy_(torch.tensor(counters, dtype=torch.double))
         line = f"LOAD_CHECKPOINT: step {there['counters'][0]:.0f}"
         for words, names in (("begin anew", new), ("left out", there.keys() - own.keys() - grid)):
             if names:
@@ -5881,9 +5951,9 @@ def names_of_state(names: Iterable[str], most: int = 20) -> str:
 def check_counters(tensors: Mapping[str, Tensor], last: int = MAX_INT) -> None:
     """Raises ValueError for counters of a checkpoint that no training to the last step has."""
     counters = tensors.get("counters", torch.zeros(0))
-    if counters.dtype != torch.double or counters.shape != (5,):
+    if counters.dtype != torch.double or counters.shape != (len(Counters._fields),):
         raise ValueError("it has no counters of a training")
-    step, ms, step_size, snapshots, time_up = counters.tolist()
+    step, ms, step_size, snapshots, time_up = Counters(*counters.tolist())
     whole = step.is_integer() and snapshots.is_integer() and time_up in (0, 1)
     if not whole or not 0 <= snapshots <= step <= last or min(ms, step_size) < 0:
         raise ValueError(f"its counters are {counters.tolist()}")
@@ -5915,16 +5985,17 @@ def time_to_end(state: TrainingState, data: TrainData, clock: Clock, known: Rehe
     """Time of two steps (the next one and one to spare), and of what follows the last step, in ms.
 
     That is training time too: calibrating, unless QAT did, and comparing averages. Where it was not
-    rehearsed: three forwards are a step's work on the held-out text, half as much again in small
-    parts; so is a calibration on its text.
+    rehearsed it is guessed from the text that is read: a batch of it takes 1.5 times a step. (Up to
+    three averages are compared on the held-out text, a forward each, in small parts; calibrating
+    takes a forward and a backward.)
     """
-    if not clock.measured:
-        return 0.0
+    if not clock.measured and not clock.begin:
+        return 0.0  # a first step that was not rehearsed would look like all the time there is
     c = state.c
     tokens = len(data.held_out) + c.calibration_tokens * (not state.qat.step_size)
-    unrehearsed = 1.5 * tokens / c.train_batch_tokens * clock.step_ms
+    guess = 1.5 * tokens / c.train_batch_tokens * clock.step_ms
     fixing = 0.0 if state.qat.step_size else known.qat_start
-    return 2 * clock.step_ms + fixing + (known.end or unrehearsed)
+    return 2 * clock.step_ms + fixing + (known.end or guess)
 
 
 def validate(
@@ -5985,12 +6056,11 @@ def train(c: Config, run: Run, model: GPT, data: TrainData, val: ValData) -> Cal
     for step in range(begin, c.iterations + 1):
         elapsed, stop, bad = clock.agreed(step, first_bad)
         to_end = time_to_end(state, data, clock, known)
-        state.time_up |= 0 < clock.cap_ms <= elapsed + to_end and step > 0
+        state.time_up |= step > 0 and clock.runs_out(elapsed + to_end)
         last = step == c.iterations or state.time_up
-        # not just before the end, which would have to wait for the file
-        every = c.save_every > 0 and step % c.save_every == 0
-        every &= not 0 < clock.cap_ms <= elapsed + 2 * to_end
-        save = step > begin and (stop or last or every)
+        due = c.save_every > 0 and step % c.save_every == 0
+        near_the_end = clock.runs_out(elapsed + 2 * to_end)  # which would wait for the file
+        save = step > begin and (stop or last or (due and not near_the_end))
         if bad or ((last or save) and first_bad.item() <= step):
             raise Fault(
                 f"step {first_bad.item()}: loss or gradient is not finite; lower MATRIX_LR,"
@@ -6060,9 +6130,11 @@ def calibration_for_export(
     c: Config, ranks: Ranks, model: GPT, text: TrainData | ValidationText, qat: LateQat
 ) -> Calibration | None:
     """What the export is told: QAT's grid if training used one, else a new one; GPTQ's Hessians."""
+    if c.quant == "gptq_lite":
+        return None
     trained = qat.calibration()
-    if c.quant == "gptq_lite" or (c.quant == "rd" and trained):
-        return trained
+    if c.quant == "rd":
+        return trained or calibrate(c, ranks, model, text)
     found = calibrate(c, ranks, model, text)
     return Calibration(trained.grid if trained else found.grid, found.hessians)
 
@@ -6092,6 +6164,7 @@ def run_all(c: Config) -> None:
             f" {ranks.world * c.train_seq_len}."
         )
     name, attend, note = choose_attention(c.attention, ranks)
+    name = attention_kernel(name, c, ranks)
     val = ValData(c, ranks)
     refuse_phases(c, val)
     data = None
@@ -6109,7 +6182,7 @@ def run_all(c: Config) -> None:
     ranks.broadcast(model.parameters())  # initial ones differ where processors do
     if ranks.compile:
         compile_model(model)
-    log_start(c, run, model, val, attention_kernel(name, c, ranks))
+    log_start(c, run, model, val, name)
     if note:
         run.log.line(note)
     if __name__ == "__main__":
@@ -6181,10 +6254,10 @@ def refuse_checkpoint(c: Config, model: GPT | None = None) -> None:
     loaded = read_checkpoint(c.load_checkpoint)
     if not loaded:
         return
-    if loaded["counters"][0] > c.iterations:
+    step = Counters(*loaded["counters"].tolist()).step
+    if step > c.iterations:
         raise BadInput(
-            f"ITERATIONS={c.iterations}: the checkpoint is of step {loaded['counters'][0]:.0f};"
-            " give that or more."
+            f"ITERATIONS={c.iterations}: the checkpoint is of step {step:.0f}; give that or more."
         )
     if model is not None:
         where = f"LOAD_CHECKPOINT={c.load_checkpoint}"
@@ -6247,6 +6320,7 @@ def train_and_export(c: Config, run: Run, model: GPT, data: TrainData, val: ValD
             train_on_validation(c, run, model, val)
         evaluate(c, run, model, val, "float", labels=["roundtrip"])
         export(c, run, model, calibration)
+        remove_files(run, "prequant_ttt")
         artifact = read_export(run)
         if before and before.get("sha256") != hashlib.sha256(artifact).hexdigest():
             run.log.line("the artifact is not as it was before: it is evaluated from the beginning")

@@ -1,5 +1,6 @@
 """The artifact: what quantising does, what a damaged or hostile file does, and evaluation from the file alone."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -298,6 +299,19 @@ def test_artifact_knows_its_shape_and_contradiction_is_named(artifact, tiny_data
         )
 
 
+def test_an_artifact_is_evaluated_with_the_settings_that_it_was_trained_with(tiny, tiny_data):
+    """Also where RECUR_START says that recurrence was on, and no batch of training fits its sequences."""
+    model = dict(RECUR_LAYERS="0", RECUR_START="5", TRAIN_SEQ_LEN="40", TRAIN_BATCH_TOKENS="400")
+    made = tiny(RUN_ID="made", EVALS="roundtrip", **model)
+    path = {"LOAD_ARTIFACT": "logs/made/final_model.ptz"}
+    again = tiny(**path, EVALS="roundtrip", RECUR_LAYERS="0", RECUR_START="5", TRAIN_SEQ_LEN="40")
+    label = "final_artifact_roundtrip"
+    assert again[label]["val_loss"] == made[label]["val_loss"]
+    c = t.load_config({**path, **tiny_data})
+    with pytest.raises(t.BadInput, match="do not go with the others: EVAL_STRIDE=64: at most"):
+        t.read_artifact(dataclasses.replace(c, eval_seq_len=32))
+
+
 def refused(path, data):
     path.write_bytes(data)
     with pytest.raises(t.BadInput, match="LOAD_ARTIFACT=.*(damaged|not fit)"):
@@ -369,6 +383,13 @@ def test_two_settings_that_do_not_fit_are_both_named():
     state = t.split_banks(there.state_dict(), 3)
     with pytest.raises(t.BadInput, match="Set VOCAB_SIZE and GATED_ATTENTION as trained"):
         t.load_state(here, state, "here")
+
+
+def test_a_setting_is_named_also_where_another_value_of_one_makes_no_model():
+    c = t.Config(parallel_start_layer=10)  # with 11 no place would open the lanes
+    own = t.model_shapes(c)
+    there = t.model_shapes(dataclasses.replace(c, vocab_size=512))
+    assert t.settings_behind(c, own, there) == "VOCAB_SIZE"
 
 
 class Bomb:

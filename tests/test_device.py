@@ -64,12 +64,14 @@ def test_without_a_gpu_nothing_is_late():
     assert [poll.ask(x) for x in (1.0, 2.0)] == [[1.0, 0.0], [2.0, 0.0]]
 
 
-def simulate(step_ms, logged, *, cap_s=600, primed=True, begin=0, validate=(), jump=-1, first=0):
-    """[(step, exact ms, the clock's ms, step_ms, measured)] of a run to its cap."""
+def simulate(
+    step_ms, logged, *, primed=True, begin=0, begin_ms=None, validate=(), jump=-1, first=0
+):
+    """[(step, exact ms, the clock's ms, step_ms, measured)] of a run to its cap of 600 s."""
     device = LateDevice()
     device.work(500.0)  # what goes before
-    begin_ms = begin * step_ms
-    clock = t.Clock(device, 1000 * cap_s, begin, begin_ms, step_ms if primed else 0.0)
+    begin_ms = begin * step_ms if begin_ms is None else begin_ms
+    clock = t.Clock(device, 600_000, begin, begin_ms, step_ms if primed else 0.0)
     left_out, origin = 0.0, clock.anchor[0].at
     first_bad = torch.full((), 20001.0)
     found = []
@@ -84,7 +86,7 @@ def simulate(step_ms, logged, *, cap_s=600, primed=True, begin=0, validate=(), j
             device.work(5000.0)
             left_out += device.busy_until - before
             clock.leave_out(since)
-        if elapsed + clock.step_ms >= 1000 * cap_s and step:
+        if elapsed + clock.step_ms >= 600_000 and step:
             break
         if step == jump:  # as fixing QAT's grid, or a checkpoint
             device.work(7000.0)
@@ -132,6 +134,15 @@ def test_a_resumed_clock_goes_on_from_its_step():
     assert all(abs(elapsed - exact) < 200 for _, exact, elapsed, *_ in found)
 
 
+def test_a_clock_that_is_resumed_on_a_faster_machine_measures_anew():
+    """Also for the end: a step is not taken for one of the slow machine's."""
+    found = simulate(84, True, begin=700, begin_ms=400_000, primed=False)
+    assert [row[3:] for row in found[:2]] == [(pytest.approx(400_000 / 700), False)] * 2
+    assert [row[3] for row in found[2:]] == pytest.approx([84] * len(found[2:]), abs=10)
+    assert found[2][4] and found[-1][1] > 599_000
+    assert simulate(84, True, begin=700, begin_ms=400_000)[0][3] == 84
+
+
 @pytest.mark.parametrize("jump", [100, 700])
 def test_what_takes_longer_than_a_step_is_known_at_the_next(jump):
     found = simulate(400, False, jump=jump)
@@ -157,11 +168,14 @@ def test_ranks_know_the_time_of_rank_0_only():
     """Another rank's own clock has no part in what it is told."""
     device = LateDevice(world=2, rank=1)
     sent = []
-    device.sum = lambda row: sent.append(row.clone()) or row + torch.tensor([3.0, 1200.0, 0.0])
+    told = iter(([1.0, 900.0, 0.0], [3.0, 1700.0, 0.0]))
+    device.sum = lambda row: sent.append(row.clone()) or row + torch.tensor(next(told))
     clock = t.Clock(device, 0)
-    device.work(77.0)
-    ms, *_ = clock.agreed(3, torch.full((), 99.0))
-    assert sent[0].tolist()[:2] == [0.0, 0.0] and ms == 1200 and clock.step_ms == 400
+    for step, ms in ((1, 900), (3, 1700)):
+        device.work(77.0)
+        assert clock.agreed(step, torch.full((), 99.0))[0] == ms
+        assert sent[-1].tolist()[:2] == [0.0, 0.0]
+    assert clock.step_ms == 400
 
 
 def test_it_starts_where_there_are_no_file_locks_and_no_sighup(tiny_data, tmp_path):
@@ -178,12 +192,47 @@ def test_it_starts_where_there_are_no_file_locks_and_no_sighup(tiny_data, tmp_pa
     assert "final_artifact_roundtrip" in read_metrics(tmp_path / "logs/w")
 
 
-def test_apples_gpus_get_no_fp64_and_are_refused_where_there_are_none():
-    assert t.wide_dtype(torch.device("mps")) == torch.float32
-    assert t.wide_dtype(torch.device("cpu")) == torch.float64
-    if not torch.backends.mps.is_available():
-        with pytest.raises(t.BadInput, match="DEVICE=mps.*allowed here: cpu or auto"):
-            t.Ranks(config(DEVICE="mps"))
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(t.BadInput, match="DEVICE=cuda.*allowed here: cpu or auto"):
+        t.find_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    assert t.find_device("cpu").type == "cpu"
+    with pytest.raises(t.BadInput, match="LOCAL_RANK=4.*sees 4 GPUs.*--nproc_per_node=4"):
+        t.find_device("auto")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert t.find_device("auto") == torch.device("cuda", 3)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinities")
+def test_threads_are_of_the_cores_that_a_process_may_use():
+    code = "import os, train_gpt as t; os.sched_setaffinity(0, {0}); print(t.cores())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "steps, recur, rehearsed", [(2, "1", 0), (3, "1", 20), (2, "", 20), (1, "", 0)]
+)
+def test_a_step_that_compiles_is_not_taken_for_a_usual_one(
+    steps, recur, rehearsed, tiny_data, monkeypatch
+):
+    c = config(tiny_data, WARMUP_STEPS=str(steps), RECUR_LAYERS=recur, RECUR_START="50")
+    run = t.Run(c)
+    said, seen, now = [], set(), [0.0]
+    run.log.line = said.append
+    monkeypatch.setattr(t.Ranks, "moment", lambda self: now[0])
+    model = t.GPT(c)
+
+    def step(*words, **more):
+        now[0] += 0.02 if model.recurring in seen else 5.0
+        seen.add(model.recurring)
+
+    monkeypatch.setattr(t, "train_step", step)
+    assert t.prime(c, run, model, t.TrainData(c, run.ranks)).step == pytest.approx(rehearsed)
+    assert ("a step" in said[0]) == bool(rehearsed)
 
 
 def test_bf16_follows_fp32(tiny):

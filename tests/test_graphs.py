@@ -103,6 +103,18 @@ def test_no_graph_of_training_or_an_evaluator_breaks(name, graphs, stream):
     assert not any(on_a_clock for *_, on_a_clock in graphs)
 
 
+@pytest.mark.parametrize("loss", ["scored", "context"])
+def test_a_last_batch_of_one_window_needs_no_graph_on_the_clock(loss, graphs, stream):
+    """A size of 1 is a shape of its own also where others are dynamic."""
+    c = config(**SHORT, SLOT_LOSS=loss, SLOT_DELTA="window", SLOT_BATCH_SEQS="4")
+    run, val = stream(c, 32 + 8 * 28)  # 29 windows
+    model = t.GPT(c)
+    t.compile_model(model)
+    t.score(run, model, val, [("slot", c)])
+    assert {name for name, *_ in graphs} == {"hidden", "slot_gradient"}
+    assert not any(on_a_clock for *_, on_a_clock in graphs)
+
+
 def test_what_lora_trains_between_phases_is_compiled_before_its_clock(graphs, stream):
     lora = dict(TTT_PARAMS="lora", TTT_OPTIMIZER="adamw", EVALS="ttt")
     phases = dict(TTT_LORA_CHUNK="16", TTT_PHASES="3", TTT_BATCH_SEQS="3")

@@ -369,6 +369,26 @@ def test_a_checkpoint_is_taken_in_as_far_as_it_fits(tiny):
     assert begun["final_artifact_roundtrip"]["val_loss"] < 5.95
 
 
+@pytest.mark.parametrize("before", ["2", "50"])
+def test_recurrence_that_the_loaded_run_had_not_begun_begins_when_it_is_loaded(
+    before, tiny, tiny_data
+):
+    """Later visits' vectors are what that run learnt of them, or else copies of the first's."""
+    own = dict(RECUR_LAYERS="1", RECUR_STYLE="own", EVALS="none", LATE_QAT="0")
+    tiny(RUN_ID="made", RECUR_START=before, **own)
+    path = "logs/made/checkpoint.000000012.ckpt"
+    c = config(tiny_data, **own, RUN_ID="new", RECUR_START="2", LOAD_CHECKPOINT=path)
+    run = t.Run(c)
+    run.log.start()
+    model = t.GPT(c)
+    assert t.TrainingState(c, run.ranks, model).resume(run)[0] == 12
+    vectors = model.vectors_by_visit()
+    assert len(vectors) == 3
+    for name, p in vectors.items():
+        assert torch.equal(p[0], t.read_checkpoint(path)[name][0])
+        assert torch.equal(p[1], p[0]) == (before == "50")
+
+
 def test_of_many_names_that_begin_anew_twenty_are_told():
     gates = [f"blocks.{i}.attn.vrl_gate" for i in range(10, 50)]
     averages = [f"{kind}.{name}" for kind in ("ema", "lawa0", "lawa1") for name in gates]

@@ -603,12 +603,12 @@ LONG = dict(
 )
 
 
-def begin(env, cwd, *torchrun):
+def begin(env, cwd, *torchrun, script=ROOT / "train_gpt.py"):
     """The script as a process, plain or under torchrun with these options, once it has trained for 40 steps and saved."""
     command = [
         sys.executable,
         *(["-m", "torch.distributed.run", *torchrun] if torchrun else []),
-        str(ROOT / "train_gpt.py"),
+        str(script),
     ]
     child = subprocess.Popen(
         command,
@@ -645,6 +645,58 @@ def test_a_signal_finishes_the_step_saves_says_where_and_exits_by_its_number(
         and max(steps) >= 20
         and "Traceback" not in rest
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_leaves_time_for_a_slow_disk(rank, tiny_data, tmp_path):
+    """torchrun ends rank 0 when another has ended: that waits until rank 0 has written."""
+    script = tmp_path / "slow.py"
+    script.write_text("""
+import time
+import train_gpt as t
+write = t.write_file
+def slow(path, *rest):
+    time.sleep(3 * bool(t.STOP_SIGNALS.received or t.STOPPING))
+    write(path, *rest)
+t.STOP_SIGNALS.install()
+t.STOPPING, stop = [], t.Run.stop
+t.write_file = slow
+t.Run.stop = lambda run: t.STOPPING.append(1) or stop(run)
+t.main()
+""")
+    env = {**LONG, **tiny_data, "RUN_ID": "a", "SAVE_EVERY": "0", "PYTHONPATH": str(ROOT)}
+    child, _ = begin(env, tmp_path, "--standalone", "--nproc_per_node=2", script=script)
+    os.kill(ranks_of(child)[rank], signal.SIGTERM)
+    rest = child.communicate(timeout=60)[0]
+
+    assert "stopped by a signal" in rest
+    (path,) = (tmp_path / "logs/a").glob("checkpoint.*")
+    assert int(t.read_checkpoint(path)["counters"][0]) >= 40
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_pre_quantisation_ttt_goes_on_after_its_last_epoch(damage, tiny, monkeypatch):
+    settings = dict(PREQUANT_TTT_ENABLED="1", PREQUANT_TTT_EPOCHS="4", EVALS="roundtrip")
+    whole = tiny(RUN_ID="whole", **settings)
+    poll = t.Poll.ask
+
+    def signalled(self, *words, **more):
+        if "prequant_ttt:epoch 2/4" in Path("logs/a.txt").read_text():
+            t.STOP_SIGNALS.received.append((signal.SIGTERM, time.perf_counter()))
+        return poll(self, *words, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(t.Poll, "ask", signalled)
+        failing(tiny, SystemExit, RUN_ID="a", **settings)
+    t.STOP_SIGNALS.received.clear()
+    if damage:
+        for path in Path("logs/a").glob("prequant_ttt.*"):
+            path.write_bytes(path.read_bytes()[:-9])
+    same(tiny(RUN_ID="a", RESUME="1", **settings), whole)
+    epochs = re.findall(r"^prequant_ttt:epoch (\d)", Path("logs/a.txt").read_text(), re.M)
+    assert epochs == [*"12", *("1234" if damage else "34")]
+    assert not list(Path("logs/a").glob("prequant_ttt.*.ckpt"))
 
 
 @pytest.mark.slow

@@ -276,6 +276,7 @@ def test_the_environment_of_a_normal_machine_is_not_mistaken_for_settings():
             "DATA_DIR": "/data",
             "SAVE_DIR": "x",
             "TRAIN_FILE": "x",
+            "PARALLEL_SEQ": "3",  # of GNU parallel
         }
     )
 

@@ -159,8 +159,8 @@ class Ledger(t.Observer):
 
     def total(self, value: Any) -> np.ndarray:
         """The sum of a number, or of an array, over ranks."""
-        wide = torch.as_tensor(np.asarray(value, np.float64)).to(t.wide_dtype(self.ranks.device))
-        return self.ranks.sum(wide.to(self.ranks.device)).cpu().double().numpy()
+        wide = torch.as_tensor(np.asarray(value, np.float64)).to(self.ranks.device)
+        return self.ranks.sum(wide).cpu().numpy()
 
     @contextlib.contextmanager
     def watching(self, needed: int | None = None) -> Iterator[None]:
