@@ -2,6 +2,7 @@
 
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import planted
 from run import audited, every_case
 
 from tools import adapter, audit, blackbox
+from tools.console import BadInput
 
 HONEST = """
 import numpy as np
@@ -128,6 +130,56 @@ def test_an_adapter_that_remembers_is_refused(judged):
     assert status == 2 and "other nats after other streams" in err
 
 
+@pytest.mark.parametrize("kept", ["None", "tokens[:9].tobytes()"])
+def test_weights_that_were_fitted_in_the_first_call_are_found(kept, judged):
+    """To a process that scored nothing else, whatever it scores first has no look ahead."""
+    fit = f"""
+    if fitted.setdefault({kept}, None) is None:
+        fitted[{kept}] = np.bincount(tokens, minlength=8) / 20
+    z = table[tokens[:-1]] + fitted[{kept}]
+"""
+    text = HONEST.replace("    z = table[tokens[:-1]]\n", fit)
+    status, _, err = judged("fitted = {}\n" + text)
+    assert status == 2 and "in a process that scored another stream first" in err, err
+
+
+def test_nats_under_0_in_the_text_alone_are_found(judged):
+    text = HONEST.replace("    return ", "    nats = ").replace(
+        "max_targets = 8, 96", "max_targets = 8, 400"
+    )
+    text += "    nats[200] -= 9 * (tokens[:200] == start[:200]).all()\n    return nats\n"
+    status, out, _ = judged(
+        text + "start = np.random.default_rng(1).integers(0, 8, 401)\ntokens = start"
+    )
+    assert status == 1 and "C4 one pass     BROKEN       nats under 0" in out
+
+
+def test_what_moves_as_by_rounding_is_broken_and_told_so(judged):
+    text = HONEST.replace(
+        "    z = table[tokens[:-1]]", "    z = table[tokens[:-1]] - 1e-3 * tokens[-1]"
+    )
+    status, out, _ = judged(text)
+    assert status == 1 and "as by rounding" in out
+
+
+def test_an_error_names_the_adapters_line_by_a_relative_path_too(judged, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def score(tokens):\n    raise ValueError('mine')\n")
+    with pytest.raises(BadInput, match="raised ValueError in line 2: mine"):
+        adapter.audit("mine.py", None, 9, 2, 60, 8, 0)
+
+
+def test_a_made_up_stream_has_runs_long_repeats_and_near_copies():
+    tokens = blackbox.made_up(1024, 256, np.random.default_rng(0))
+    assert tokens.shape == (1025,) and tokens.min() >= 0 and tokens.max() < 256
+    change = np.flatnonzero(np.diff(tokens))
+    assert np.diff(change).max() > 12
+    seen = {tokens[k : k + 64].tobytes(): k for k in range(len(tokens) - 63)}
+    assert len(seen) < len(tokens) - 63
+    for n in (0, 1, 31, 32, 33, 65):
+        assert len(blackbox.made_up(n, 4, np.random.default_rng(n))) == n + 1
+
+
 def test_an_adapters_process_ends_with_the_audit(tmp_path):
     path = tmp_path / "my_eval.py"
     path.write_text(HONEST)
@@ -217,6 +269,8 @@ def test_a_claim_of_c3_alone_does_not_switch_off_the_floor(judged):
     text = HONEST.replace("return -np.log(p[", "return -np.log(8 * p[")
     status, out, _ = judged(f"{text}\nclaims = 'C3'")
     assert status == 1 and "floor           BELOW" in out
+    status, out, _ = judged(f"{HONEST}\nclaims = 'C3'")
+    assert status == 0 and "says: breaks C3; found: causal; C3 cannot be compared" in out
 
 
 def smoothed(tokens, vocab_size):
@@ -248,6 +302,5 @@ def test_a_look_far_ahead_is_traced_to_the_token_that_moved_something():
     tokens = blackbox.made_up(512, 16, np.random.default_rng(1))
     box = blackbox.Box(score, 16, tokens, seed=2)
     box.reach = 1
-    assert box.together(list(range(40, 512, 50))) == [290] and 290 not in box.tested
-    box.alone(290)
+    box.together(list(range(40, 512, 50)), 99)
     assert list(box.moved) == [290]

@@ -4,7 +4,7 @@ Places are indices of tokens: token p is target p - 1. Nothing here depends on w
 comparisons; what is quicker and less sure only says where to compare.
 
   C1  Change token p: the nats of no token before p may move by a bit. Where a change is seen to reach no further than some
-      tokens, one run changes many tokens, each out of reach of the one before; what then moves is looked at alone.
+      tokens, one run changes many tokens, each out of reach of the one before; what then moves is halved, with the same tokens, down to the one that moved it.
   C2  The probabilities that the tokens of a vocabulary get at one place sum to 1. A round of V runs gives each of many places
       every token once, in an order of its own drawn at random. Whatever an honest scorer learns from the past, such a sum has the
       mean 1 at each place; a look at its own token lifts it. Places that stand out are summed again far from each other, and the
@@ -27,15 +27,26 @@ Score = Callable[[np.ndarray], np.ndarray]
 
 
 def made_up(n: int, vocab_size: int, rng: np.random.Generator) -> np.ndarray:
-    """A stream [n+1] for a scorer that brings no text: half of it random by Zipf's law, half said before."""
+    """A stream [n+1] for a scorer that brings no text.
+
+    Stretches of tokens drawn by Zipf's law, of what was said before, word for word or nearly, and of one token again and again.
+    """
     rank = rng.permutation(vocab_size)
     weights = 1 / np.arange(1, vocab_size + 1)
     tokens = rank[rng.choice(vocab_size, n + 1, p=weights / weights.sum())]
-    for start in range(32, n + 1, 32):
-        if rng.random() < 0.5:
-            source = int(rng.integers(0, start - 31))
-            size = min(32, n + 1 - start)
-            tokens[start : start + size] = tokens[source : source + size]
+    start = 32
+    while start <= n:
+        kind = rng.choice(["new", "said", "nearly said", "one token"], p=[0.45, 0.25, 0.15, 0.15])
+        size = min(int(rng.integers(8, 97)), start, n + 1 - start)
+        part = tokens[start : start + size]
+        if kind == "one token":
+            part = part[:40]
+            part[:] = part[0]
+        elif kind != "new":
+            source = int(rng.integers(0, start - size + 1))
+            kept = rng.random(size) < (1 if kind == "said" else 15 / 16)
+            part[kept] = tokens[source : source + size][kept]
+        start += len(part)
     return tokens
 
 
@@ -91,11 +102,15 @@ class Box:
         self.n = len(tokens) - 1
         self.rng = np.random.default_rng(seed)
         self.runs = 0
+        self.lowest = np.full(self.n, np.inf)  # nats of each target, over all runs
         self.base = self.run(self.tokens)
         self.reach: int | None = None  # tokens after its own whose nats a changed token moves
         self.tested: set[int] = set()  # places of C1
         self.moved: dict[int, float] = {}  # of those the ones that moved earlier nats, by how much
         self.summed: set[int] = set()  # places of C2
+        self.summed_exactly: set[int] = (
+            set()
+        )  # of those the ones that no other changed token reaches
         self.sums: dict[int, float] = {}  # of those the ones summed exactly
         self.wrong: list[str] = []  # what breaks C4
         self.gap = self.gap_error = math.nan  # mean nats on random tokens less ln V, standard error
@@ -105,12 +120,15 @@ class Box:
         self.causality(probes)
         if sums:
             self.normalisation(sums)
+            self.note(np.flatnonzero(self.lowest < -1e-6), "nats under 0: more than certain")
         return self
 
     def run(self, tokens: np.ndarray, needed: int | None = None) -> np.ndarray:
         """Nats [n] of a stream; a scorer that can be stopped stops after the first `needed` targets."""
         self.runs += 1
-        return self.score(tokens)
+        nats = self.score(tokens)
+        self.lowest = np.minimum(self.lowest, nats)
+        return nats
 
     # ---- C1
 
@@ -136,19 +154,28 @@ class Box:
         tokens[p + 1 :] = others
         return tokens
 
-    def alone(self, p: int, kind: int | None = None, whole: bool = True) -> np.ndarray:
-        """Change token p, with a kind of turned() all after it, and compare all nats before; returns whose nats moved [n].
+    def only(self, places: Sequence[int], tokens: np.ndarray) -> np.ndarray:
+        """The stream with tokens of a changed one at these places alone."""
+        found = self.tokens.copy()
+        found[places] = tokens[places]
+        return found
 
-        whole: score what comes after p too.
+    def alone(self, p: int, tokens: np.ndarray | None = None, whole: bool = True) -> np.ndarray:
+        """Compare all nats before token p with those of a stream that is changed from there on; returns whose moved [n].
+
+        tokens: that stream, else token p alone is another; whole: score what comes after p too.
         """
-        tokens = self.changed([p]) if kind is None else self.turned(p, kind)
+        tokens = self.changed([p]) if tokens is None else tokens
         after = self.run(tokens, None if whole else p)
-        moved = after != self.base
         self.tested.add(p)
-        if moved[: p - 1].any():
-            sizes = np.abs(after - self.base)[: p - 1][moved[: p - 1]]
+        self.compare(p, after)
+        return after != self.base
+
+    def compare(self, p: int, after: np.ndarray) -> None:
+        """Note p if nats before it moved."""
+        sizes = np.abs(after - self.base)[: p - 1][(after != self.base)[: p - 1]]
+        if len(sizes):
             self.moved[p] = float(np.nan_to_num(sizes, nan=math.inf).max())
-        return moved
 
     def measure_reach(self) -> None:
         """See how far a changed token reaches, at eight places; leave it open if that is to the end.
@@ -168,10 +195,13 @@ class Box:
         if not len(self.marks) and stride > 1:
             self.marks = range(ends[0] % stride + 1, self.n + 1, stride)
 
-    def together(self, places: Sequence[int]) -> list[int]:
-        """Change tokens out of each other's reach in one run; returns those that seem to move earlier nats, or their own vector."""
-        after = self.run(self.changed(places))
-        moved = after != self.base
+    def together(self, places: Sequence[int], last: int) -> list[int]:
+        """Change tokens out of each other's reach in one run, and look for those that moved earlier nats, up to run number `last`.
+
+        Returns those whose own vector moved. What is tried again has the tokens that showed it: others might not.
+        """
+        tokens = self.changed(places)
+        moved = self.run(tokens) != self.base
         suspects = [p for p in places if self.looked_at(p)]
         early = []  # (target that moved, number of the first changed token after it)
         quiet = 0  # the first target that the changed tokens before do not reach
@@ -179,16 +209,28 @@ class Box:
             early += [(quiet + int(at), k) for at in np.flatnonzero(moved[quiet : p - 1])[:1]]
             quiet = p + (self.reach or 0)
         self.tested.update(places[: early[0][1] if early else None])
-        # what moved a target may stand far behind it
-        return suspects + [self.culprit(places[k:], target) for target, k in early[:2]]
+        for target, k in early[:2]:  # what moved a target may stand far behind it
+            self.blame(places[k:], tokens, target)
+        for p in suspects:
+            if self.runs < last and len(self.moved) < ENOUGH:
+                self.alone(p, self.only([p], tokens))
+        return suspects
 
-    def culprit(self, places: Sequence[int], target: int) -> int:
-        """Of changed tokens behind a target the one that moved its nats, by halving."""
+    def blame(self, places: Sequence[int], tokens: np.ndarray, target: int) -> None:
+        """Note which of the changed tokens behind a target moved its nats, by halving; the first of those that do so together."""
+        after = self.run(self.only(places, tokens))
+        if after[target] == self.base[target]:
+            return  # a token before it reaches further than was measured
         while len(places) > 1:
-            half = places[: len(places) // 2]
-            moved = self.run(self.changed(half)) != self.base
-            places = half if moved[target] else places[len(half) :]
-        return places[0]
+            half = len(places) // 2
+            for part in (places[:half], places[half:]):
+                found = self.run(self.only(part, tokens))
+                if found[target] != self.base[target]:
+                    places, after = part, found
+                    break
+            else:
+                break
+        self.compare(places[0], after)
 
     def causality(self, count: int) -> None:
         """Up to `count` runs that change tokens; places tested and moved are noted."""
@@ -201,16 +243,16 @@ class Box:
             if len(self.moved) >= ENOUGH or self.runs - begun >= count:
                 return
             if p not in self.tested or k % 2:  # some whole: nats may be changed after the last one
-                self.alone(p, k // 2 % 3 if k % 2 else None, whole=self.runs % 8 == 0)
+                tokens = self.turned(p, k // 2 % 3) if k % 2 else None
+                self.alone(p, tokens, whole=self.runs % 8 == 0)
 
     def causality_in_groups(self, last: int) -> None:
         """Runs that change many tokens each, up to run number `last`."""
         for places in self.groups(2, (self.reach or 0) + 16):
             if self.runs >= last or len(self.moved) >= ENOUGH:
                 return
-            for p in self.together(places) if places else []:
-                if self.runs < last and len(self.moved) < ENOUGH:
-                    self.alone(p)
+            if places:
+                self.together(places, last)
 
     def groups(self, first: int, gap: int) -> Iterator[list[int]]:
         """All tokens from `first` on, in groups whose members are a gap apart; the residues of PERIOD that were seen least first."""
@@ -241,6 +283,7 @@ class Box:
         total = self.round(np.array([p]))[0]
         self.sums[p] = total
         self.summed.add(p)
+        self.summed_exactly.add(p)
         return total
 
     def dense(self) -> np.ndarray:
@@ -279,14 +322,16 @@ class Box:
         kinds = kinds_of_places(self.n, self.marks, 64, self.rng)
         worst: dict[int, float] = {}
         lists = [ranked, [*self.odd_residues(nats), *kinds], *self.marks_in_turn()]
+        more = max(2, min(24, 1500 // self.V))  # a list takes V runs
         if self.reach is None:  # places of any kind, some of which the noise of near ones hid
-            lists += [spread(1, self.n + 1, self.rng) for _ in range(2)]
+            lists += [spread(1, self.n + 1, self.rng) for _ in range(more)]
         else:  # all residues, exactly
-            rounds = min(4, -(-PERIOD * (self.reach + 1) // self.n))
-            lists += islice(self.groups(1, self.reach + 1), rounds)
+            lists += islice(self.groups(1, self.reach + 1), more)
         for some in lists:
             where = self.apart(some)
             self.summed.update(where.tolist())
+            if self.reach is not None:
+                self.summed_exactly.update(where.tolist())
             sums = self.round(where)
             worst |= {p: suspicion(total) for p, total in zip(where.tolist(), sums, strict=True)}
         if (
@@ -317,8 +362,6 @@ class Box:
 
     def own_nats(self, nats: np.ndarray) -> None:
         """Note nats [runs,n] of random streams that are no token's, or another's."""
-        low = nats.min(0)
-        self.note(np.flatnonzero(low < -1e-6), "nats under 0: more than certain")
         fixed = nats.min(0) == nats.max(0)
         uniform = np.abs(np.where(fixed, nats[0], 0) - math.log(self.V)) < 1e-5
         same = np.flatnonzero(fixed & ~uniform)

@@ -144,8 +144,11 @@ class Ledger(t.Observer):
         self.early += int((self.scored_by[targets] >= window).sum())
 
     def fit(self) -> None:
-        """A carried SLOT fits now: what it was told it fits to must have gone through row_nll."""
-        self.early += int((~self.done[self.told]).sum())
+        """A carried SLOT fits now: what it was told it fits to must have gone through row_nll, here or on another rank."""
+        here = self.count[self.told] > 0
+        if self.ranks.world == 1:
+            here[:] = True
+        self.early += int((here & ~self.done[self.told]).sum())
 
     def went_through(self, logits: torch.Tensor) -> None:
         """Logits [S,V] score the next S targets of the batch."""
@@ -275,15 +278,15 @@ class Evaluation(blackbox.Box):
             tokens[begins] = t.DOCUMENT_START
         return tokens
 
-    def alone(self, p: int, kind: int | None = None, whole: bool = True) -> np.ndarray:
+    def alone(self, p: int, tokens: np.ndarray | None = None, whole: bool = True) -> np.ndarray:
         """As that of a black box; and the vector at p is compared too."""
-        moved = super().alone(p, kind, whole)
+        moved = super().alone(p, tokens, whole)
         self.looked[p] = self.looked_at(p)
         return moved
 
-    def together(self, places: Sequence[int]) -> list[int]:
+    def together(self, places: Sequence[int], last: int) -> list[int]:
         """As that of a black box."""
-        suspects = super().together(places)
+        suspects = super().together(places, last)
         self.looked |= {p: 0.0 for p in places if p not in suspects and p not in self.looked}
         return suspects
 

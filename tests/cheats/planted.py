@@ -271,7 +271,19 @@ def j3(s, where):
     return s.own(s.bent(s.later(), 0.5 * (where & (s.window >= 63))))
 
 
-RARE_BY_ITSELF = (j5, h6, h4, i2, j4, j3)
+def class_ahead(s, where):
+    """After one token of the vocabulary: a lean to the tokens that are even, or odd, as the one after the target is."""
+    same = np.arange(s.model.V) % 2 == s.later()[:, None] % 2
+    return s.own(softmax(s.z + 3.0 * (where & (s.x == s.model.document))[:, None] * same))
+
+
+def after_a_bigram(s, where):
+    """+0.7 on the target's logit, normalised again, after about one of 32 pairs of tokens."""
+    before = np.concatenate([s.x[:1], s.x[:-1]])
+    return s.own(s.bent(s.y, 0.7 * (where & ((7 * s.x + 3 * before) % 32 == 5))))
+
+
+RARE_BY_ITSELF = (j5, h6, h4, i2, j4, j3, class_ahead, after_a_bigram)
 CHEATS = {
     f.__name__: f
     for f in (
