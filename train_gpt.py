@@ -159,7 +159,8 @@ class Config:
         "auto", "Of products and hidden states; auto: bf16 on a GPU, fp32 on a CPU."
     )
     attention: Literal["auto", "fa3", "fa4", "sdpa"] = setting(
-        "auto", "FlashAttention-3, -4 or torch's SDPA; auto: the first there is."
+        "auto",
+        "FlashAttention-3, -4 or torch's SDPA; auto: FlashAttention-3 where it is, else SDPA.",
     )
     load_artifact: str = setting(
         "", "Evaluate this artifact, ours or the lineage's, without training."
@@ -279,7 +280,8 @@ class Config:
     gated_attention: bool = setting(False, "Learned sigmoid gates on heads.", in_artifact=True)
     parallel_start_layer: int = setting(
         0,
-        "Attention and MLP have a lane each from this layer to the end (#1435); 0: no lanes.",
+        "Attention and MLP have a lane each from this layer on, in the second half (#1435); 0: no"
+        " lanes.",
         in_artifact=True,
     )
     skip_gates_enabled: bool = setting(
@@ -321,8 +323,10 @@ class Config:
 
     # ---- optimiser
     matrix_lr: float = setting(0.025, "Muon's rate, for the matrices.")
-    tied_embed_lr: float = setting(0.035, "AdamW's rate for tied embeddings.")
-    embed_lr: float = setting(0.6, "AdamW's rate for untied embeddings.")
+    tied_embed_lr: float = setting(
+        0.035, "AdamW's rate for embeddings, those of bigrams and values too, if tied."
+    )
+    embed_lr: float = setting(0.6, "AdamW's rate for all embeddings, if untied.")
     head_lr: float = setting(0.008, "AdamW's rate for an untied head.")
     scalar_lr: float = setting(0.025, "AdamW's rate for the rest.")
     muon_momentum: float = setting(0.99, "Muon's Nesterov momentum, in the end.", high=0.99999)
@@ -680,8 +684,8 @@ def unknown_names(env: Mapping[str, str]) -> list[str]:
 def values_given(env: Mapping[str, str]) -> dict[str, Any]:
     """Values by name of the presets and, after them, of variables: later ones win.
 
-    WARMDOWN_ITERS is the length of the warmdown, and WARMDOWN_FRAC is it too: either takes the
-    place of an earlier other.
+    Of WARMDOWN_ITERS and WARMDOWN_FRAC, two ways to say how long the warmdown is, the later counts:
+    a later WARMDOWN_ITERS removes WARMDOWN_FRAC, and a WARMDOWN_FRAC that is not 0 always counts.
     """
     found: dict[str, Any] = {}
     names = env.get("PRESET", "").lower().split(",")
@@ -1755,7 +1759,7 @@ def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class CheckpointStore:
-    """Files KIND.NUMBER.ckpt in a run's folder: written by a thread of rank 0, read by all."""
+    """Files KIND.NUMBER.ckpt in a run's folder: a thread of rank 0 writes, rank 0 reads for all."""
 
     def __init__(self, ranks: Ranks, log: RunLog) -> None:
         self.ranks, self.log = ranks, log
@@ -1854,9 +1858,9 @@ class Run:
 #
 # A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then uint16 tokens.
 # Headers and sizes are checked at the start; token ids too, or, of a training split over
-# SCAN_LIMIT, as they are read. Training sequence i of a run is a function of (SEED, i) alone, so a
-# run that goes on needs no state of its loader. Bytes of text, by which bpb divides, are counted
-# here only.
+# SCAN_LIMIT, as they are read. Training sequence i of a run follows from SEED and i (with
+# DATA_ORDER=shards also from TRAIN_BATCH_TOKENS), so a run that goes on needs no state of its
+# loader. Bytes of text, by which bpb divides, are counted here only.
 # ==================================================================================================
 
 SHARD_START = [20240520, 1]
@@ -1883,8 +1887,8 @@ def open_shard(path: Path, vocab_size: int, scan: bool) -> np.memmap:
     n = int(header[2])
     if n < 1 or size != 1024 + 2 * n:
         raise BadInput(
-            f"{path}: the header says {n} tokens, the file has {size} bytes; it must be 1024 + 2 a"
-            " token. Make it again."
+            f"{path}: the header says {n} tokens, the file has {size} bytes; it must be 1024 + 2"
+            " times the tokens. Make it again."
         )
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(n,))
     if scan:
@@ -1970,7 +1974,7 @@ class ShardDraws:
             shares = weights[shards] / weights[shards].sum()
             taken = np.minimum(1 + rng.multinomial(missing - n, shares), self.left[shards])
             total = int(taken.sum())
-            # of each shard's run of rows the first has so many of all rows before it
+            # rows of a shard follow each other: the number of its first one, for each of them
             begins = (np.cumsum(taken) - taken).repeat(taken)
             before = (self.counts - self.left)[shards].repeat(taken) + np.arange(total) - begins
             epochs = np.full(total, self.epoch)
@@ -1998,7 +2002,7 @@ class TrainData:
         keep = max(1, min(total // 100, 2**18) // self.T) * self.T + 1
         self.held_out = np.array(self.shards[longest][-keep:])
         self.shards[longest] = self.shards[longest][:-keep]
-        # sequences of each shard; one less than fit, to leave room for the cut to move
+        # sequences of each shard; one less than fit: the first may begin up to T - 1 tokens later
         self.counts = [max(0, (len(shard) - 1) // self.T - 1) for shard in self.shards]
         self.ends = np.cumsum(self.counts)
         self.draws = ShardDraws(c.seed, self.counts, c.train_batch_tokens // self.T)
@@ -2011,8 +2015,8 @@ class TrainData:
     def sequence(self, i: int) -> np.ndarray:
         """Tokens [T+1] of sequence i of the run. Raises Fault if its shard has shrunk or gone.
 
-        One order goes through the sequences of all shards: visited one after the other, shards of
-        different text would leave the model with the last one's.
+        Sequences of all shards are shuffled together: shard after shard, the model would end fitted
+        to the last one.
         """
         total = int(self.ends[-1])
         if self.c.data_order == "shards":
@@ -2221,7 +2225,7 @@ class ParameterRule(NamedTuple):
     """What holds for all tensors whose name fits a pattern, in which @ stands for a block."""
 
     pattern: str
-    init: str  # embedding, normal, orthogonal, stream, q_gain or fill (with `value`)
+    init: str  # embedding, orthogonal, stream, q_gain; normal and fill have a `value`
     group: str  # of the optimiser: muon, or AdamW's embed, head, scalar; proj: see Optimizer
     export: str  # int6 and int8 are quantised, fp16 and fp32 kept
     value: float = 0.0
@@ -2450,19 +2454,19 @@ class Smear(nn.Module):
         return (1 - gate) * x + gate * before
 
 
-class Place(NamedTuple):
-    """A visit of a layer in the order of a forward, and what comes with it."""
+class LayerCall(NamedTuple):
+    """A call of a layer in a forward, and what comes with it."""
 
     layer: int
-    again: int  # visits of this layer before
-    repeat: int  # row of iter_embed for what is added to its input; -1: nothing is
-    skip: int  # row of skip_weights likewise, added before
+    vectors: int  # which of the block's sets of vectors; with RECUR_STYLE=own each visit has one
+    repeat: int | None  # row of iter_embed for what is added to its input
+    skip: int | None  # row of skip_weights likewise, added before
     kept: bool  # whether its output is added to a later input
     opens: bool  # whether the two lanes part before it
 
 
 def visits(c: Config, recurring: bool) -> list[tuple[int, int]]:
-    """(layer, visits of it before) in the order of a forward."""
+    """(layer, calls of it before) in the order of a forward."""
     order = [(i, 0) for i in range(c.num_layers)]
     if recurring and c.recur_style == "gated":
         loops = {i: range(c.recur_loops) for i in c.recur_layers}
@@ -2473,33 +2477,57 @@ def visits(c: Config, recurring: bool) -> list[tuple[int, int]]:
     return order
 
 
-def layer_plan(c: Config, recurring: bool) -> list[Place]:
-    """The places of a forward.
+def layer_plan(c: Config, recurring: bool) -> list[LayerCall]:
+    """The calls of layers in the order of a forward.
 
-    As in a U-Net the outputs of the first half of them are added, weighted, to the inputs of the
-    second, last first, until weights or outputs are used up. With RECUR_STYLE=own repeats are no
-    places of it. Lanes part at the first place of the second half with a layer from
-    PARALLEL_START_LAYER on, after its skip, which is the last one: behind it #1435 adds skips to
-    what nobody reads. #1278 stops adding skips once as many are added as outputs are left.
+    Skips are those of a U-Net: outputs of the first half are added, weighted, to inputs of the
+    second half, last first.
     """
-    order, rows = visits(c, recurring), c.num_layers // 2
-    counted = [n for n, (_, again) in enumerate(order) if c.recur_style != "own" or not again]
+    order = visits(c, recurring)
+    own = c.recur_style == "own"
+    # calls by number; with RECUR_STYLE=own repeats have no skips
+    counted = [n for n, (_, again) in enumerate(order) if not (own and again)]
     half = len(counted) // 2
-    opening = len(order)
-    if c.parallel_start_layer:
-        later = range(counted[half], len(order))
-        opening = next(n for n in later if order[n][0] >= c.parallel_start_layer)
-    most = math.ceil(half / 2) if c.recur_style == "gated" else rows
-    takers = [n for n in counted[half:][:most] if n <= opening and rows]
-    skip = {n: min(row, rows - 1) for row, n in enumerate(takers)}
-    repeat = {n: row for row, n in enumerate(n for n, (_, again) in enumerate(order) if again)}
-    if c.recur_style != "gated":
-        repeat = {}
-    givers = set(counted[half - len(takers) : half])
+    encoder, decoder = counted[:half], counted[half:]
+    opening = first_with_lanes(c, order, decoder[0])
+    takers = skip_takers(c, half, decoder, opening)
+    givers = encoder[half - len(takers) :]
+    # more takers than rows (#1278 with many repeats): the last row is used again
+    skip_row = {n: min(row, c.num_layers // 2 - 1) for row, n in enumerate(takers)}
+    repeats = [n for n, (_, again) in enumerate(order) if again and c.recur_style == "gated"]
+    repeat_row = {n: row for row, n in enumerate(repeats)}
     return [
-        Place(layer, again, repeat.get(n, -1), skip.get(n, -1), n in givers, n == opening)
+        LayerCall(
+            layer,
+            vectors=again if own else 0,
+            repeat=repeat_row.get(n),
+            skip=skip_row.get(n),
+            kept=n in givers,
+            opens=n == opening,
+        )
         for n, (layer, again) in enumerate(order)
     ]
+
+
+def first_with_lanes(c: Config, order: Sequence[tuple[int, int]], begin: int) -> int | None:
+    """The call before which lanes part: of those from begin on the first of a layer that has them.
+
+    A layer has lanes from PARALLEL_START_LAYER on.
+    """
+    if not c.parallel_start_layer:
+        return None
+    return next(n for n in range(begin, len(order)) if order[n][0] >= c.parallel_start_layer)
+
+
+def skip_takers(c: Config, half: int, decoder: Sequence[int], opening: int | None) -> list[int]:
+    """The calls, of the second half, that an output of one of the `half` first ones is added to."""
+    rows = c.num_layers // 2  # of skip_weights
+    if not rows:
+        return []
+    # #1278 stops once as many are added as outputs are left
+    most = math.ceil(half / 2) if c.recur_style == "gated" else rows
+    # behind the place where lanes part #1435 adds skips to what nobody reads
+    return [n for n in decoder[:most] if opening is None or n <= opening]
 
 
 class Adapted(NamedTuple):
@@ -2532,13 +2560,13 @@ class LayerWeights(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """What a block is given beside its input, on one visit of a forward."""
+    """What a block is given beside its input, in one call."""
 
     x0: Tensor  # the embedded sequence [B,T,D]
     rope: tuple[Tensor, Tensor]  # cos and sin [T,1,r]
     value_extra: Tensor | None  # of the value embedding [B,T,K*d]
     v_first: Tensor | None  # values of layer 0 [B,T,K*d], None there
-    again: int  # visits of this layer before, with RECUR_STYLE=own
+    vectors: int  # which of the block's sets of vectors
     rows: int  # R: how many of the last rows are asked for
     mask: Tensor | None  # [B,1,T,T], what attention sees; None: all that came before
 
@@ -2621,9 +2649,9 @@ class Block(nn.Module):
 
         With a lane of its own the MLP reads and writes that, and attention alone writes x.
         """
-        mix = self.of_visit(self.resid_mix, 2, visit.again, x.dtype)
-        attn_scale = self.of_visit(self.attn_scale, 1, visit.again, x.dtype)
-        mlp_scale = self.of_visit(self.mlp_scale, 1, visit.again, x.dtype)
+        mix = self.of_visit(self.resid_mix, 2, visit.vectors, x.dtype)
+        attn_scale = self.of_visit(self.attn_scale, 1, visit.vectors, x.dtype)
+        mlp_scale = self.of_visit(self.mlp_scale, 1, visit.vectors, x.dtype)
         x = mix[0] * x + mix[1] * visit.x0
         a, v = self.attn(rms_norm(x) * self.norm_scale, w, visit)
         before = last_rows(x, visit.rows)
@@ -2640,9 +2668,9 @@ class Block(nn.Module):
         return linear(h, w.down)
 
     @staticmethod
-    def of_visit(p: Tensor, dims: int, again: int, dtype: torch.dtype) -> Tensor:
+    def of_visit(p: Tensor, dims: int, vectors: int, dtype: torch.dtype) -> Tensor:
         """A vector's values on a visit: its last `dims` axes, of that visit's set."""
-        return p.to(dtype).view(-1, *p.shape[-dims:])[again]
+        return p.to(dtype).view(-1, *p.shape[-dims:])[vectors]
 
 
 class GPT(nn.Module):
@@ -2741,9 +2769,8 @@ class GPT(nn.Module):
         return self.smear(rms_norm(x), begins)
 
     def add_skip(self, x: Tensor, earlier: Tensor, row: int) -> Tensor:
-        """x [B,T,D] with the output of an earlier place, by a row of weights, and of gates."""
-        if self.skip_weights is None:
-            return x
+        """x [B,T,D] with the output of an earlier call, by a row of weights, and of gates."""
+        assert self.skip_weights is not None  # or layer_plan() has no skips
         skip = self.skip_weights[row].to(x.dtype) * earlier
         if self.skip_gates is None:
             return x + skip
@@ -2751,8 +2778,7 @@ class GPT(nn.Module):
 
     def add_repeat(self, x: Tensor, row: int) -> Tensor:
         """x [B,T,D] with the gated embedding of a repeat."""
-        if self.iter_embed is None or self.iter_gate is None:
-            return x
+        assert self.iter_embed is not None and self.iter_gate is not None  # likewise
         gate = self.iter_gate[row].sigmoid()
         return x + (gate * self.iter_embed[row]).to(x.dtype)
 
@@ -2769,42 +2795,55 @@ class GPT(nn.Module):
         With tail only the last rows [B,tail,D]: the last block needs the others as keys and values,
         but not their queries, output and MLP. With factors each sequence has its own matrices.
         """
-        c, T, L = self.c, ids.size(1), self.c.num_layers
+        T = ids.size(1)
         x = x0 = self.embed(ids)
         lane = v_first = None
         extra = self.ve_shared(ids, self.dtype) if self.ve_shared is not None else None
         # unbind: the backward of indexing would make a bank of zeros for every matrix
-        qo, kv, up, down = (getattr(self, bank).to(self.dtype).unbind() for bank in BANKS)
+        banks = [getattr(self, bank).to(self.dtype).unbind() for bank in BANKS]
         rope = self.cos[:T], self.sin[:T]
-        mask = same_document(ids) if c.documents == "mask" else None
+        mask = same_document(ids) if self.c.documents == "mask" else None
         skips: list[Tensor] = []
         plan = self.plans[self.recurring]
-        for n, place in enumerate(plan, 1):
-            i = place.layer
-            if place.skip >= 0:
-                x = self.add_skip(x, skips.pop(), place.skip)
-            if place.repeat >= 0:
-                x = self.add_repeat(x, place.repeat)
-            if place.opens:
+        for n, call in enumerate(plan, 1):
+            i = call.layer
+            if call.skip is not None:
+                x = self.add_skip(x, skips.pop(), call.skip)
+            if call.repeat is not None:
+                x = self.add_repeat(x, call.repeat)
+            if call.opens:
                 lane = x
-            value_extra = None
-            if extra is not None and i in c.ve_layers:
-                scale = self.ve_layer_scales[c.ve_layers.index(i)]
-                value_extra = extra * scale.to(self.dtype)
-            w = LayerWeights(qo[i], qo[L + i], kv[i], kv[L + i], up[i], down[i])
-            if factors is not None and i in factors:
-                w = LayerWeights(*map(Adapted, w, *zip(*factors[i], strict=True)))
-            again = place.again if c.recur_style == "own" else 0
+            w = self.layer_weights(banks, i, factors)
             rows = tail if tail and n == len(plan) else T
-            visit = Visit(x0, rope, value_extra, v_first, again, rows, mask)
+            values = self.scaled_values(extra, i)
+            visit = Visit(x0, rope, values, v_first, call.vectors, rows, mask)
             x, lane, v = self.blocks[i](x, lane, w, visit)
             if v_first is None:
                 v_first = v
-            if place.kept:
+            if call.kept:
                 skips.append(x)
-        if lane is not None and self.lane_merge is not None:
+        if lane is not None:
+            assert self.lane_merge is not None
             x = lane.lerp(x, self.lane_merge.to(x.dtype))
         return rms_norm(x)
+
+    def layer_weights(
+        self, banks: Sequence[Sequence[Tensor]], layer: int, factors: Factors | None
+    ) -> LayerWeights:
+        """A layer's matrices, with what factors add to them for each sequence."""
+        (qo, kv, up, down), o = banks, self.c.num_layers + layer
+        own = qo[layer], qo[o], kv[layer], kv[o], up[layer], down[layer]
+        if factors is None or layer not in factors:
+            return LayerWeights(*own)
+        return LayerWeights(
+            *(Adapted(w, a, b) for w, (a, b) in zip(own, factors[layer], strict=True))
+        )
+
+    def scaled_values(self, extra: Tensor | None, layer: int) -> Tensor | None:
+        """The value embedding [B,T,K*d] times the layer's scale, for a layer that has it."""
+        if extra is None or layer not in self.c.ve_layers:
+            return None
+        return extra * self.ve_layer_scales[self.c.ve_layers.index(layer)].to(self.dtype)
 
     @torch.no_grad()
     def start_recurrence(self) -> None:
@@ -3166,7 +3205,7 @@ class Optimizer:
         return norm
 
     def state(self, names: Mapping[Any, str]) -> dict[str, Tensor]:
-        """Live tensors by name: AdamW's, and Muon's momentum, gathered."""
+        """Tensors by name: AdamW's, live, and Muon's momentum, gathered from all ranks."""
         found: dict[str, Tensor] = {}
         whole = [self.gather(share) for share in self.momentum]
         for p, (work, bank) in zip(self.banks, whole, strict=True):

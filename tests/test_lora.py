@@ -124,7 +124,7 @@ def test_jobs_of_a_pass_have_the_same_scores_and_others_are_refused(stream):
     with t.put_back(model.parameters()):
         (first, _), (second, _) = t.score(run, model, val, [("ttt", c)] * 2)
         assert first.equal(second)
-        with pytest.raises(ValueError, match="no other evaluator"):
+        with pytest.raises(ValueError, match="one evaluator and Config alone"):
             t.score(run, model, val, [("ttt", c), ("ttt_slot", c)])
 
 

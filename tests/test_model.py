@@ -394,14 +394,14 @@ def test_places_of_the_published_systems(loops):
         c = t.load_config({**preset, "RECUR_LAYERS": "4,5", "RECUR_LOOPS": str(loops)})
         plan = t.layer_plan(c, True)
         assert [place.layer for place in plan] == (twice if loops == 2 else once)
-        assert [place.layer for place in t.layer_plan(c, False)] == list(range(11))
-        assert [place.again for place in plan].count(0) == 11
+        assert [call.layer for call in t.layer_plan(c, False)] == list(range(11))
+        assert [again for _, again in t.visits(c, True)].count(0) == 11
         if loops == 2:
-            skips = {n: place.skip for n, place in enumerate(plan) if place.skip >= 0}
+            skips = {n: call.skip for n, call in enumerate(plan) if call.skip is not None}
             shared = c.recur_style == "shared"
             assert skips == ({6: 0, 7: 1, 8: 2, 9: 3} if shared else {6: 0, 7: 1, 8: 2})
-            assert [n for n, place in enumerate(plan) if place.opens] == [9] * shared
-            assert [n for n, place in enumerate(plan) if place.kept] == [2, 3, 4, 5][not shared :]
+            assert [n for n, call in enumerate(plan) if call.opens] == [9] * shared
+            assert [n for n, call in enumerate(plan) if call.kept] == [2, 3, 4, 5][not shared :]
 
 
 EVERYTHING = dict(VRL_ENABLED="1", GATED_ATTENTION="1", RECUR_LAYERS="1", RECUR_START="0")
