@@ -1865,8 +1865,8 @@ class Run:
 
 SHARD_START = [20240520, 1]
 DOCUMENT_START = 1  # the token that begins a document
-COMPARED = 2**24  # tokens of a split that are compared with the other's at the start
-WINDOW = 64  # tokens, of what is compared
+COMPARED_TOKENS = 2**24  # tokens of a split that are compared with the other's at the start
+NGRAM = 64  # tokens: stretches of so many are compared
 SCAN_LIMIT = 2**29  # bytes of a split up to which all token ids are checked at the start
 
 
@@ -2157,48 +2157,48 @@ class ValData:
         self.tokens = torch.from_numpy(tokens.astype(np.int64)).to(ranks.device)
 
 
-# Whether training text has a validation document is asked of windows of WINDOW tokens, which stand
+# Whether training text has a validation document is asked of stretches of NGRAM tokens, which stand
 # side by side in it and may stand anywhere in a shard. With h a random number for each token and B
 # an odd one, all modulo 2^64, the hash of tokens x_0 ... x_63 is the sum of h(x_i) B^i: the
-# difference of two running sums over the stream, divided by a power of B.
+# difference of two running sums over the stream, times a power of B's inverse.
 
 
-def window_hashes(tokens: np.ndarray) -> np.ndarray:
-    """Hashes [n-63] uint64 of the windows that begin at each of tokens [n]."""
+def ngram_hashes(tokens: np.ndarray) -> np.ndarray:
+    """Hashes [n-63] uint64 of the stretches that begin at each of tokens [n]."""
     words = np.random.default_rng(64).integers(0, 2**64, 2**16, dtype=np.uint64)
     base = 0x9E3779B97F4A7C15  # odd: it has an inverse
-    up, down = (
+    powers, inverse_powers = (
         np.cumprod(np.full(len(tokens), b, np.uint64), dtype=np.uint64)
         for b in (base, pow(base, -1, 2**64))
     )
     sums = np.zeros(len(tokens) + 1, np.uint64)
-    np.cumsum(words[tokens] * up, out=sums[1:])
-    differences = sums[WINDOW:] - sums[:-WINDOW]
-    return differences * down[: len(differences)]
+    np.cumsum(words[tokens] * powers, out=sums[1:])
+    differences = sums[NGRAM:] - sums[:-NGRAM]
+    return differences * inverse_powers[: len(differences)]
 
 
-def document_windows(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(hash [windows], document [windows], number of windows [documents]) of a stream [n].
+def document_ngrams(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(hash [stretches], document [stretches], their number [documents]) of a stream [n].
 
-    Windows begin behind the token that begins a document; what is left at its end has none.
+    Stretches begin behind the token that begins a document; what is left at its end has none.
     """
     starts = np.concatenate([[-1], np.flatnonzero(tokens == DOCUMENT_START), [len(tokens)]])
-    counts = (np.diff(starts) - 1) // WINDOW
+    counts = (np.diff(starts) - 1) // NGRAM
     document = np.repeat(np.arange(len(counts)), counts)
     number = np.arange(len(document)) - (np.cumsum(counts) - counts)[document]
-    at = starts[document] + 1 + WINDOW * number
-    return window_hashes(tokens)[at], document, counts
+    at = starts[document] + 1 + NGRAM * number
+    return ngram_hashes(tokens)[at], document, counts
 
 
-def windows_found(hashes: np.ndarray, shards: Sequence[np.ndarray], most: int) -> np.ndarray:
-    """Which of these windows [n] stand in shards, of each of which `most` tokens are looked at."""
+def ngrams_found(hashes: np.ndarray, shards: Sequence[np.ndarray], most: int) -> np.ndarray:
+    """Which of the stretches with these hashes [n] stand in the first `most` tokens of shards."""
     keys = np.sort(hashes)
     found = np.zeros(len(keys), bool)
     block = 2**20
     for shard in shards:
         end = min(len(shard), most)
         for begin in range(0, end, block):
-            part = window_hashes(shard[begin : min(end, begin + block + WINDOW - 1)])
+            part = ngram_hashes(shard[begin : min(end, begin + block + NGRAM - 1)])
             place = np.minimum(np.searchsorted(keys, part), len(keys) - 1)
             found[place[keys[place] == part]] = True
     return found[np.searchsorted(keys, hashes)]
@@ -3071,7 +3071,7 @@ def matrices(p: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """The same update on each rank from the gradients of all."""
+    """Muon for banks, of which each rank updates a share, and AdamW, on all ranks, for the rest."""
 
     def __init__(self, c: Config, ranks: Ranks, model: GPT) -> None:
         self.c, self.ranks, self.model = c, ranks, model
@@ -3149,12 +3149,13 @@ class Optimizer:
             work.wait()
         return [share for share, _, _ in pending], small
 
-    def gather(self, share: Tensor) -> tuple[Any, Tensor]:
-        """(pending work or None, bank) of all ranks' shares; the bank is padded."""
+    def gather(self, share: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """(pending work or None, bank of all ranks' shares, padded, what the work reads)."""
         if self.ranks.world == 1:
-            return None, share
+            return None, share, share
         whole = share.new_empty(len(share) * self.ranks.world, *share.shape[1:])
-        return ALL_GATHER(whole, share.contiguous(), async_op=True), whole
+        share = share.contiguous()
+        return ALL_GATHER(whole, share, async_op=True), whole, share
 
     def clip(self, shares: list[Tensor], small: list[Tensor]) -> Tensor:
         """Scale the whole gradient down to GRAD_CLIP_NORM if it is longer; its norm before that.
@@ -3194,7 +3195,7 @@ class Optimizer:
         for group in self.adam.param_groups:
             group["lr"] = group["rate"] * lr_factor
         self.adam.step()  # while the gathers run
-        for p, (work, update) in zip(self.banks, pending, strict=True):
+        for p, (work, update, _) in zip(self.banks, pending, strict=True):
             if work:
                 work.wait()
             rate = lr_factor * c.matrix_lr
@@ -3208,7 +3209,7 @@ class Optimizer:
         """Tensors by name: AdamW's, live, and Muon's momentum, gathered from all ranks."""
         found: dict[str, Tensor] = {}
         whole = [self.gather(share) for share in self.momentum]
-        for p, (work, bank) in zip(self.banks, whole, strict=True):
+        for p, (work, bank, _) in zip(self.banks, whole, strict=True):
             if work:
                 work.wait()
             found[f"momentum.{names[p]}"] = bank[: len(matrices(p))]
@@ -6327,21 +6328,22 @@ def refuse_phases(c: Config, val: ValData) -> None:
 def refuse_validation_text(c: Config, data: TrainData, val: ValData) -> None:
     """Raises BadInput if over 1 % of the validation text is documents that the training text has.
 
-    Or 10 % of their windows. Training text has a document if it has two thirds of its windows,
-    anywhere. Of more than COMPARED tokens only the beginnings of shards are looked at;
-    tools/documents.py compares any size.
+    Or 10 % of their stretches of 64 tokens. Training text has a document if it has two thirds of
+    its stretches, anywhere. Of more than COMPARED_TOKENS tokens only the beginnings of shards are
+    looked at; tools/documents.py compares any size.
     """
-    hashes, document, windows = document_windows(val.tokens[:COMPARED].cpu().numpy())
+    hashes, document, counts = document_ngrams(val.tokens[:COMPARED_TOKENS].cpu().numpy())
     if not len(hashes):
         return
-    found = windows_found(hashes, [*data.shards, data.held_out], COMPARED // len(data.shards))
-    both = (windows > 0) & (3 * np.bincount(document, found, len(windows)) >= 2 * windows)
+    found = ngrams_found(hashes, [*data.shards, data.held_out], COMPARED_TOKENS // len(data.shards))
+    both = (counts > 0) & (3 * np.bincount(document, found, len(counts)) >= 2 * counts)
     share = both[document].mean()
     if share > 0.01 or found.mean() > 0.1:
         raise BadInput(
-            f"DATA_PATH={c.data_path}: training text has {both.sum()} of {(windows > 0).sum()}"
+            f"DATA_PATH={c.data_path}: training text has {both.sum()} of {(counts > 0).sum()}"
             f" validation documents; that is {100 * share:.1f} % of that text and"
-            f" {100 * found.mean():.1f} % of its windows; to train or calibrate on it breaks C3."
+            f" {100 * found.mean():.1f} % of its windows of {NGRAM} tokens; to train or calibrate"
+            " on it breaks C3."
         )
 
 

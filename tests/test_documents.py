@@ -57,9 +57,9 @@ def test_hashes_over_blocks_are_those_of_one(monkeypatch):
 
 def test_hashes_are_of_the_tokens_alone():
     tokens = np.concatenate([VAL, OTHER])
-    hashes = t.window_hashes(tokens)
+    hashes = t.ngram_hashes(tokens)
     assert len(set(hashes.tolist())) == len(hashes)
-    np.testing.assert_array_equal(t.window_hashes(tokens[17:]), hashes[17:])
+    np.testing.assert_array_equal(t.ngram_hashes(tokens[17:]), hashes[17:])
 
 
 @pytest.fixture
