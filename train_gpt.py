@@ -2516,7 +2516,8 @@ def first_with_lanes(c: Config, order: Sequence[tuple[int, int]], begin: int) ->
     """
     if not c.parallel_start_layer:
         return None
-    return next(n for n in range(begin, len(order)) if order[n][0] >= c.parallel_start_layer)
+    calls = range(begin, len(order))
+    return next((n for n in calls if order[n][0] >= c.parallel_start_layer), None)
 
 
 def skip_takers(c: Config, half: int, decoder: Sequence[int], opening: int | None) -> list[int]:
@@ -2955,7 +2956,6 @@ def settings_behind(c: Config, own: Shapes, there: Shapes) -> str:
         elif s.kind in ("int", "float"):
             others = [n for n in (0, value - 1, value + 1) if s.low <= n <= s.high]
         tried = [dataclasses.replace(c, **{s.name.lower(): other}) for other in others]
-        tried = [x for x in tried if not list(model_problems(x))]
         moved[s.name] = set().union(*(kinds_of_misfit(base, model_shapes(x)) for x in tried))
     wrong = kinds_of_misfit(own, there)
     names = {name for name, _ in wrong}
@@ -3476,7 +3476,10 @@ def spacing(rows: Tensor, columns: Tensor, step_size: float) -> Tensor:
 
 
 def bytes_beside_levels(state: Mapping[str, Tensor], kinds: Mapping[str, str]) -> float:
-    """Bytes of an artifact but for its levels, about: steps of matrices, and plain tensors."""
+    """Bytes of an artifact but for its levels, about: steps of matrices, and plain tensors.
+
+    A row or column has a byte for its step and one for its spread, of which LZMA leaves some 1.5.
+    """
     sizes = {"fp16": 2, "fp32": 4}
     return sum(
         1.5 * sum(t.shape) if kinds[name] in LEVELS else t.numel() * sizes[kinds[name]]
@@ -3644,7 +3647,7 @@ class Quantizer:
         return found
 
     def rounded(self, step_size: float) -> dict[str, Tensor]:
-        """The state after rounding, fp32 tensors by name."""
+        """The state by name, fp32, with its matrices rounded."""
         matrices = {
             name: m.levels * spacing(m.rows, m.columns, step_size)
             for name, m in self.quantise(step_size).items()
@@ -3766,7 +3769,10 @@ class Quantizer:
 
 
 class GptqLite(Quantizer):
-    """#549's: int6 or int8 levels, a scale a row, which the step size widens where it is larger."""
+    """#549's: int6 or int8 levels, a scale a row.
+
+    The step size widens those of int6 where it is larger.
+    """
 
     def __init__(self, c: Config, state: Mapping[str, Tensor], whole: bool = False) -> None:
         super().__init__(c, state, whole)
@@ -3900,9 +3906,10 @@ def bytes_for_weights(c: Config) -> int:
 
 
 def refuse_small_cap(c: Config, model: GPT) -> None:
-    """Raises BadInput for an ARTIFACT_BYTES that no steps could meet, however wide.
+    """Raises BadInput for an ARTIFACT_BYTES under what an artifact with the widest steps takes.
 
-    There all levels are 0, but GPTQ-lite's int8 ones, which it does not widen: a byte each.
+    Before LZMA, which makes trained weights' steps little smaller. All levels are 0 there, but
+    GPTQ-lite's int8 ones, which it does not widen: a byte each.
     """
     kind_of = GptqLite.level_kind if c.quant == "gptq_lite" else RateDistortion.level_kind
     state = split_banks(model.state_dict(), c.num_layers)
@@ -4246,8 +4253,8 @@ class Averages:
             self.snapshots += 1
             torch._foreach_lerp_(self.kept["swa"], self.params, 1 / self.snapshots)
         if c.lawa_enabled and n % c.lawa_freq == 0:
-            oldest = (n // c.lawa_freq - 1) % c.lawa_k
-            torch._foreach_copy_(self.kept[f"lawa{oldest}"], self.params)
+            slot = (n // c.lawa_freq - 1) % c.lawa_k  # of the oldest
+            torch._foreach_copy_(self.kept[f"lawa{slot}"], self.params)
 
     def candidates(self) -> dict[str, list[Tensor]]:
         """Weights by name that AVERAGE allows; the last ones while that average has no snapshot."""
@@ -4853,14 +4860,17 @@ def broken_conditions(c: Config, label: str) -> str:
 
 
 CPU_TOKENS = 4096  # of a forward, which a CPU's cache likes
+GPU_TOKENS = 786432 // 8  # what the record's batch is on each of its GPUs
+
+
+def trained_at_once(ranks: Ranks) -> int:
+    """Tokens that a forward and a backward get at once, whatever the world size."""
+    return GPU_TOKENS if ranks.cuda else CPU_TOKENS
 
 
 def micro_batches(ranks: Ranks, sequences: int, length: int) -> int:
-    """The fewest equal parts of a rank's sequences that fit: what a forward gets at once.
-
-    The limit on a GPU is the record's on 8 of them, whatever the world size.
-    """
-    limit = 98304 if ranks.cuda else CPU_TOKENS
+    """The fewest equal parts of a rank's sequences that fit: what a forward gets at once."""
+    limit = trained_at_once(ranks)
     for n in range(1, sequences):
         if sequences % n == 0 and sequences // n * length <= limit:
             return n
@@ -5418,7 +5428,7 @@ class DocumentPass:
     def by_length(self, documents: np.ndarray) -> list[np.ndarray]:
         """Batches of these documents, those with the most chunks first."""
         c = self.c
-        limit = 98304 if self.ranks.cuda else CPU_TOKENS
+        limit = trained_at_once(self.ranks)
         order = documents[np.argsort(-self.chunks[documents], kind="stable")]
         batches = []
         while len(order):
