@@ -5709,7 +5709,7 @@ def check_fits(own: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> None:
 def train_on_validation(c: Config, run: Run, model: GPT, val: ValData) -> None:
     """Pre-quantisation TTT (#1488): AdamW on tokens before they are scored. Breaks C3.
 
-    What it goes on from after a stop is saved after each epoch, as often as SAVE_EVERY lets it.
+    What it goes on from is saved after each epoch, with SAVE_EVERY=0 only when the run is stopped.
     """
     adam = functools.partial(torch.optim.AdamW, weight_decay=0.0)
     trainer = ChunkTrainer(c, run.ranks, model, adam, c.prequant_ttt_freeze_blocks)
@@ -5950,7 +5950,7 @@ class TrainingState:
 
     def start_recurrence_late(self, own: Mapping[str, Tensor]) -> None:
         """Begin what LOAD_CHECKPOINT's run had not begun, though this one is past RECUR_START."""
-        if not own["counters"][0] > self.c.recur_start > 0:
+        if not self.c.recur_layers or not own["counters"][0] > self.c.recur_start > 0:
             return
         names = self.model.vectors_by_visit()
         if not any(own[f"exp_avg_sq.{name}"][1:].any() for name in names):  # never learnt

@@ -4,10 +4,14 @@ import json
 import re
 import statistics
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, read_metrics, t
 from scipy import stats
+
+sys.path.insert(0, str(ROOT / "tests/cheats"))
+import own
 
 from tools import blocks, settings_page
 from tools.logs import read_log
@@ -243,16 +247,18 @@ def test_audits_of_the_demo_found_what_was_claimed():
             assert "1 rank(s)" in text and "2 rank(s)" in text
 
 
+@pytest.mark.parametrize("ranks", ["one_rank", "two_ranks"])
+def test_cheats_in_our_own_evaluators_were_found_and_nothing_else_suspected(ranks):
+    told = (ROOT / f"logs/audits/own_{ranks}.txt").read_text()
+    found = dict(re.findall(r"^(.*): (\d+) of 20 as expected", told, re.M))  # the last of each
+    assert found == dict.fromkeys(own.CASES, "20")
+
+
 def test_planted_cheats_were_found_and_honest_evaluators_not_suspected():
     rows = [json.loads(line) for line in (ROOT / "logs/audits/cheats.jsonl").open()]
     assert len(rows) > 40
     for row in rows:
         assert row["seeds"] >= 20 and row["found"] == (0 if row["honest"] else row["seeds"]), row
-    told = (ROOT / "logs/audits/own_two_ranks.txt").read_text()
-    assert told.endswith("status 0\n") and told.count(": 1 of 1 as expected") == 17
-    told = (ROOT / "logs/audits/own_one_rank.txt").read_text()
-    found = dict(re.findall(r"^(.*): (\d+) of 20 as expected", told, re.M))  # the last of each
-    assert len(found) >= 16 and set(found.values()) == {"20"}
 
 
 # ---- prose

@@ -99,7 +99,7 @@ EQUALITY = (
     ("", "sliding, stride 64", 4.09963864, "b1278", "sliding_window"),
     ("", "SLOT-32 with a bias, cosine to its end", 3.37324074, "b1278", "slot"),
 )
-# Planted cheats by the names that an attack on an earlier audit gave them.
+# Planted cheats of their own few places: most have the names that an attack on an earlier audit gave them.
 PLANTED = {
     "j5": "j5: the last but one of a window gets +3 on the logit of the next token",
     "h6": "h6: +0.5 on the target's logit, normalised again, at one target of 64",
@@ -107,6 +107,8 @@ PLANTED = {
     "i2": "i2: one target of a batch has its neighbour's nats",
     "j4": "j4: a look ahead among the last 8 targets",
     "j3": "j3: windows from the 64th on look ahead",
+    "class_ahead": "after one token of 32, a lean to the even or odd tokens, as the next one is",
+    "after_a_bigram": "+0.7 on the target's logit, normalised again, after one of 32 pairs of tokens",
 }
 STEP_MS = 84  # of #1084's authors on 8 H100
 
