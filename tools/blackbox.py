@@ -322,7 +322,7 @@ class Box:
         kinds = kinds_of_places(self.n, self.marks, 64, self.rng)
         worst: dict[int, float] = {}
         lists = [ranked, [*self.odd_residues(nats), *kinds], *self.marks_in_turn()]
-        more = max(2, min(24, 1500 // self.V))  # a list takes V runs
+        more = max(2, min(24, 800 // self.V))  # a list takes V runs
         if self.reach is None:  # places of any kind, some of which the noise of near ones hid
             lists += [spread(1, self.n + 1, self.rng) for _ in range(more)]
         else:  # all residues, exactly
