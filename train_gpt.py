@@ -5713,23 +5713,24 @@ def train_on_validation(c: Config, run: Run, model: GPT, val: ValData) -> None:
     """
     adam = functools.partial(torch.optim.AdamW, weight_decay=0.0)
     trainer = ChunkTrainer(c, run.ranks, model, adam, c.prequant_ttt_freeze_blocks)
-    done = torch.zeros((), dtype=torch.double)  # epochs
-    live = {**trainer.live_tensors(), "epochs": done}
+    live = {**trainer.live_tensors(), "epochs": torch.zeros((), dtype=torch.double)}
     there = run.store.restore("prequant_ttt", functools.partial(check_fits, live))
+    done = 0  # epochs
     if there:
         copy_tensors(c, live, there, "prequant_ttt")
+        done = int(there["epochs"])
     poll = Poll(run.ranks)
     began = perf_counter()
     high, epochs = c.prequant_ttt_lr, c.prequant_ttt_epochs
-    for epoch in range(int(done), epochs):
+    for epoch in range(done, epochs):
         rate = cosine(high, high / 10, epoch, epochs)
         trainer.train(val.tokens, 0, val.n, rate=rate, epochs=1)
         seconds = perf_counter() - began
         run.log.line(f"prequant_ttt:epoch {epoch + 1}/{epochs} seconds:{seconds:.1f}")
-        done += 1
         answer = poll.ask(wait=True)
         stop = bool(answer and answer[0])
         if stop or c.save_every:
+            live["epochs"].fill_(epoch + 1)
             run.store.save("prequant_ttt", epoch + 1, live)
         if stop:
             run.stop()

@@ -352,6 +352,7 @@ class Cases:
         changes = dict(PREQUANT_TTT_ENABLED=1, PREQUANT_TTT_EPOCHS=2)
         c, run, model = self.setting(**changes, PREQUANT_TTT_FREEZE_BLOCKS=1, VRL_ENABLED=1)
         run.stop = MagicMock()
+        run.store.restore.return_value = {}
         val = self.stream()
         with self.faked(), self.watch:
             self.watch.seen()
