@@ -756,13 +756,10 @@ def cross_check(c: Config) -> list[str]:
     ):
         if getattr(c, small.lower()) > getattr(c, large.lower()):
             found.append((small, f"at most {large}={getattr(c, large.lower())}"))
-    for multiple, of in (
-        ("MODEL_DIM", "NUM_HEADS"),
-        ("NUM_HEADS", "NUM_KV_HEADS"),
-        ("TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN"),
-    ):
-        if c.load_artifact and multiple == "TRAIN_BATCH_TOKENS":
-            continue  # nothing is trained
+    multiples = [("MODEL_DIM", "NUM_HEADS"), ("NUM_HEADS", "NUM_KV_HEADS")]
+    if not c.load_artifact:  # else nothing is trained
+        multiples.append(("TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN"))
+    for multiple, of in multiples:
         if getattr(c, multiple.lower()) % getattr(c, of.lower()):
             found.append((multiple, f"must be a multiple of {of}={getattr(c, of.lower())}"))
     return [f"{name}={shown(getattr(c, name.lower()))}: {text}." for name, text in found]
@@ -1203,6 +1200,7 @@ def compress(raw: bytes) -> bytes:
     size = max(2**20, math.ceil(len(raw) / STREAMS))
 
     def stream(at: int) -> bytes:
+        """The stream of the part that begins there."""
         part = raw[at : at + size]
         return lzma.compress(part, lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=LZMA_FILTERS)
 
@@ -2324,6 +2322,7 @@ def flash_attention(function: Callable[..., Any]) -> AttentionFunction:
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B,R,heads,d] of queries [B,R,heads,d], keys and values [B,T,kv_heads,d]."""
         out = function(q, k, v, causal=True)
         return out[0] if isinstance(out, tuple) else out  # some return the log-sum-exp too
 

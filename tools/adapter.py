@@ -214,7 +214,7 @@ def verdict(box: blackbox.Box, claims: list[str], sums: int) -> tuple[list[str],
         lines += [
             f"{'floor':15} {'BELOW' if below else 'above':12} random tokens: ln V {box.gap:+.4f} +- {box.gap_error:.4f}"
         ]
-    lines += [power(tested, n)]
+    lines += [f"{'power':15} {'':12} {power(tested, n)}"]
     compared = [c for c in CHECKED if c in claims and (sums or c == "C1")]
     as_claimed = compared == found and (not sums or bool(compared) or not below)
     said = f"breaks {','.join(claims)}" if claims else "causal"
@@ -233,10 +233,13 @@ def told(what: str, wrong: bool, detail: str) -> str:
 
 
 def power(tested: int, n: int) -> str:
-    """How likely a leak would have been found, as a line."""
+    """How likely a leak would have been found, in words."""
     counts = sorted({max(1, n // share) for share in (8, 64, 512)}, reverse=True)
     text = ", ".join(f"{k} of {n} places {blackbox.chance(k, tested, n):.3f}" for k in counts)
-    return f"{'power':15} {'':12} a look up to 16 tokens ahead that any other token shows, at so many places, would be found with probability: {text}"
+    return (
+        "a look up to 16 tokens ahead that any other token shows, at so many places, would be found with"
+        f" probability: {text}"
+    )
 
 
 def audit(

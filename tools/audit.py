@@ -66,9 +66,7 @@ def table(reports):
 
 def notes(r):
     """What the table has no room for, as lines."""
-    found = [
-        f"{r['evaluator']}: {r['runs']} runs; " + " ".join(power(r["probes"], r["n"] - 1).split())
-    ]
+    found = [f"{r['evaluator']}: {r['runs']} runs; {power(r['probes'], r['n'] - 1)}"]
     if r["moved"]:
         found.append(f"{r['evaluator']}: changed {named(r['moved_at'])} moved earlier nats")
     found += [f"{r['evaluator']}: {what}" for what in r["wrong"]]

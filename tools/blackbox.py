@@ -4,7 +4,8 @@ Places are indices of tokens: token p is target p - 1. Nothing here depends on w
 comparisons; what is quicker and less sure only says where to compare.
 
   C1  Change token p: the nats of no token before p may move by a bit. Where a change is seen to reach no further than some
-      tokens, one run changes many tokens, each out of reach of the one before; what then moves is halved, with the same tokens, down to the one that moved it.
+      tokens, one run changes many tokens, each out of reach of the one before. If something moves, halving them finds which of
+      them did it, with the same tokens.
   C2  The probabilities that the tokens of a vocabulary get at one place sum to 1. A round of V runs gives each of many places
       every token once, in an order of its own drawn at random. Whatever an honest scorer learns from the past, such a sum has the
       mean 1 at each place; a look at its own token lifts it. Places that stand out are summed again far from each other, and the
@@ -108,9 +109,7 @@ class Box:
         self.tested: set[int] = set()  # places of C1
         self.moved: dict[int, float] = {}  # of those the ones that moved earlier nats, by how much
         self.summed: set[int] = set()  # places of C2
-        self.summed_exactly: set[int] = (
-            set()
-        )  # of those the ones that no other changed token reaches
+        self.summed_exactly: set[int] = set()  # of those, places out of others' reach
         self.sums: dict[int, float] = {}  # of those the ones summed exactly
         self.wrong: list[str] = []  # what breaks C4
         self.gap = self.gap_error = math.nan  # mean nats on random tokens less ln V, standard error

@@ -145,9 +145,7 @@ class Ledger(t.Observer):
 
     def fit(self) -> None:
         """A carried SLOT fits now: what it was told it fits to must have gone through row_nll, here or on another rank."""
-        here = self.count[self.told] > 0
-        if self.ranks.world == 1:
-            here[:] = True
+        here = (self.count[self.told] > 0) | (self.ranks.world == 1)
         self.early += int((here & ~self.done[self.told]).sum())
 
     def went_through(self, logits: torch.Tensor) -> None:
